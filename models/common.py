@@ -1,0 +1,109 @@
+"""What the three training scripts share: seeds, the digits split, and a clean ONNX file.
+
+Run the scripts from the repository root (`python -m models.digits_cnn.make`) in an environment with
+torch==2.13.0, onnx, onnxruntime, onnxscript and scikit-learn; the project itself never imports torch.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import numpy as np
+import onnx
+import onnxscript
+import torch
+
+OPSET = 18
+
+
+def seed(value: int) -> None:
+    """One seed, one thread, deterministic kernels: the same machine and versions give the same weights."""
+    torch.manual_seed(value)
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+
+
+def digits_split() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """scikit-learn's 1,797 digits as uint8 [n, 8, 8] (0..16) and labels; disjoint train 997, calib 100, eval 700."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    images, labels = digits.images.astype(np.uint8), digits.target.astype(np.uint8)
+    rest, evaluation = train_test_split(np.arange(len(labels)), test_size=700, random_state=0, stratify=labels)
+    train, calib = train_test_split(rest, test_size=100, random_state=0, stratify=labels[rest])
+    return {name: (images[i], labels[i]) for name, i in (("train", train), ("calib", calib), ("eval", evaluation))}
+
+
+def export(net: torch.nn.Module, feeds: dict[str, torch.Tensor], shapes: dict[str, dict[int, str]]) -> onnx.ModelProto:
+    """`net` as ONNX with one output `logits`; `shapes`: input name -> {axis: name of the dynamic dimension}.
+
+    Only constants are folded: the exporter's whole optimizer would also fold BatchNormalization into the convolutions.
+    """
+    dynamic = {name: {axis: torch.export.Dim.DYNAMIC for axis in axes} for name, axes in shapes.items()}
+    program = torch.onnx.export(
+        net.eval(), (), kwargs=feeds, dynamo=True, optimize=False, opset_version=OPSET, verbose=False,
+        input_names=list(feeds), output_names=["logits"], dynamic_shapes=dynamic,
+    )  # fmt: skip
+    onnxscript.optimizer.fold_constants(program.model)
+    onnxscript.optimizer.remove_unused_nodes(program.model)
+    model = program.model_proto
+    drop_zero_biases(model.graph)
+    for value in model.graph.input:
+        for axis, name in shapes[value.name].items():
+            value.type.tensor_type.shape.dim[axis].dim_param = name
+    model.graph.output[0].type.tensor_type.shape.dim[0].dim_param = "batch"
+    return model
+
+
+def drop_zero_biases(graph: onnx.GraphProto) -> None:
+    """The exporter gives a convolution without bias one of zeros; take it out again."""
+    zeros = {t.name for t in graph.initializer if t.dims and not onnx.numpy_helper.to_array(t).any()}
+    for node in graph.node:
+        if node.op_type == "Conv" and node.input[2:] and node.input[2] in zeros:
+            del node.input[2]
+    used = {name for node in graph.node for name in node.input}
+    kept = [t for t in graph.initializer if t.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+
+
+def save(model: onnx.ModelProto, path: pathlib.Path) -> None:
+    """Write `model` without the exporter's traces (metadata, doc strings, intermediate shapes), checked."""
+    for graph in [model.graph, *subgraphs(model.graph)]:
+        for owner in [graph, *graph.node, *graph.initializer, *graph.input, *graph.output]:
+            owner.ClearField("metadata_props")
+            owner.ClearField("doc_string")
+        graph.ClearField("value_info")
+    model.ClearField("metadata_props")
+    model.ClearField("doc_string")
+    onnx.checker.check_model(model, full_check=True)
+    path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def subgraphs(graph: onnx.GraphProto) -> list[onnx.GraphProto]:
+    """Every graph inside an attribute of a node, at any depth."""
+    inner = [a.g for node in graph.node for a in node.attribute if a.type == onnx.AttributeProto.GRAPH]
+    return inner + [deeper for g in inner for deeper in subgraphs(g)]
+
+
+def score(path: pathlib.Path, data: dict[str, np.ndarray]) -> float:
+    """Accuracy of the file at `path` in onnxruntime; `data`: arrays named as the inputs, labels `y`."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    kinds = {"tensor(float)": np.float32, "tensor(int64)": np.int64}
+    feeds = {i.name: data[i.name].astype(kinds[i.type]) for i in session.get_inputs()}
+    return float((session.run(None, feeds)[0].argmax(1) == data["y"]).mean())
+
+
+def card(folder: pathlib.Path, **facts: object) -> None:
+    """model.json: what the model is and what it scores."""
+    model = onnx.load(folder / "model.onnx")
+    graphs = [model.graph, *subgraphs(model.graph)]
+    parameters = sum(int(np.prod(t.dims)) for g in graphs for t in g.initializer if t.data_type == onnx.TensorProto.FLOAT)
+    size = (folder / "model.onnx").stat().st_size
+    facts = {"name": folder.name, **facts, "parameters": parameters, "model_bytes": size, "opset": OPSET}
+    (folder / "model.json").write_text(json.dumps(facts, indent=2) + "\n")
+    print(json.dumps(facts, indent=2))
