@@ -1,0 +1,102 @@
+"""Replace a file as a whole or not at all: a temporary beside it, fsync, verify, `os.replace`, fsync the folder."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import pathlib
+import stat
+import tempfile
+from collections.abc import Iterator
+from typing import IO
+
+_CHUNK = 8 << 20
+
+
+class HashingWriter:
+    """A file that hashes what is written. It has no `fileno`: no tensor can copy past the hash inside the kernel."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._digest = hashlib.sha256()
+        self.length = 0
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Write all of `data`, in pieces."""
+        view = memoryview(data).cast("B")
+        for start in range(0, len(view), _CHUNK):
+            piece = view[start : start + _CHUNK]
+            self._file.write(piece)
+            self._digest.update(piece)
+        self.length += len(view)
+        return len(view)
+
+    def hexdigest(self) -> str:
+        """The sha256 of everything written so far."""
+        return self._digest.hexdigest()
+
+
+@contextlib.contextmanager
+def temporary(target: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A new empty file beside `target`, removed at the end unless it was renamed away.
+
+    The name is hidden and does not end in .onnx: nothing takes what a killed process leaves behind for a model.
+    """
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+    os.close(handle)
+    path = pathlib.Path(name)
+    try:
+        os.chmod(path, _mode(target))
+        yield path
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+
+
+@contextlib.contextmanager
+def synced(path: pathlib.Path) -> Iterator[HashingWriter]:
+    """Write `path`; it is on the disk when the block ends."""
+    with open(path, "wb") as file:
+        writer = HashingWriter(file)
+        yield writer
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def file_digest(path: pathlib.Path) -> str:
+    """The sha256 of a file's bytes, in hexadecimal, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(_CHUNK):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def replace(temporary_file: pathlib.Path, target: pathlib.Path) -> None:
+    """Put a finished temporary in the place of `target`, durably."""
+    os.replace(temporary_file, target)
+    sync_folder(target.parent)
+
+
+def sync_folder(folder: pathlib.Path) -> None:
+    """Make a rename in `folder` survive a power cut (not possible, and not needed, on Windows)."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:  # some network file systems cannot sync a folder
+        pass
+    finally:
+        os.close(handle)
+
+
+def _mode(target: pathlib.Path) -> int:
+    """The permissions of the file that is replaced, else what a new file would get (mkstemp's are private)."""
+    try:
+        return stat.S_IMODE(os.stat(target).st_mode)
+    except OSError:
+        mask = os.umask(0)
+        os.umask(mask)
+        return 0o666 & ~mask
