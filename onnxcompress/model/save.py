@@ -12,8 +12,10 @@ import mmap
 import os
 import pathlib
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
@@ -42,8 +44,8 @@ def save(
 ) -> Saved:
     """Write `model` to `path`, atomically; read it back and compare before it replaces anything.
 
-    Tensors are evaluated and written one at a time. `external`: keep tensors of 1 KiB and more in a data file beside the
-    model (None: as the model was loaded, and always when it would not fit one protobuf message). `check`: run onnx's
+    Tensors are evaluated and written one at a time. `external`: keep tensors of 1 KiB and more in a data file beside
+    the model (None: as the model was loaded, and always when it would not fit one protobuf message). `check`: run onnx's
     checker on what was written. Same model, same file name: same bytes. A link at `path` is replaced, not followed. If
     the model's own tensors lie in data that this makes stale, they refer to the new data afterwards.
 
@@ -189,8 +191,11 @@ def _write_data(chosen: Sequence[bridge.Slot], path: pathlib.Path, limits: Limit
 
 
 def _write_tensor(tensor: ir.TensorProtocol, file: durable.HashingWriter) -> None:
-    if isinstance(tensor, ir.TensorBase):
-        tensor.tofile(file)  # external data is copied in pieces, lazy tensors are evaluated here
+    if isinstance(tensor, ir.ExternalTensor):
+        tensor.tofile(file)  # in pieces, never in memory as a whole
+    elif tensor.dtype.bitwidth >= 8 and sys.byteorder == "little":
+        # The array itself, evaluated here if it is lazy: `tobytes` would hold it twice.
+        file.write(memoryview(np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8)))
     else:
         file.write(tensor.tobytes())
 
