@@ -39,6 +39,9 @@ class Limits:
     sparse_dense_bytes: int = 1 << 30
     """A sparse initializer is decoded to at most this many bytes."""
 
+    session_bytes: int = 256 << 20
+    """Above this a session reads a model from a temporary file instead of one message: tensors pass one at a time."""
+
     provenance_bytes: int = 2048
     """All `onnxcompress.*` metadata together, keys, values and protobuf framing."""
 

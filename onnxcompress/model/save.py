@@ -45,9 +45,9 @@ def save(
     """Write `model` to `path`, atomically; read it back and compare before it replaces anything.
 
     Tensors are evaluated and written one at a time. `external`: keep tensors of 1 KiB and more in a data file beside
-    the model (None: as the model was loaded, and always when it would not fit one protobuf message). `check`: run onnx's
-    checker on what was written. Same model, same file name: same bytes. A link at `path` is replaced, not followed. If
-    the model's own tensors lie in data that this makes stale, they refer to the new data afterwards.
+    the model (None: as the model was loaded, and always when it would not fit one protobuf message). `check`: run the
+    checker of onnx on what was written. Same model, same file name: same bytes. A link at `path` is replaced, not
+    followed. If the model's own tensors lie in data that this makes stale, they refer to the new data afterwards.
 
     Raises:
         SaveError: nothing could be written, or it did not read back; what stood at `path` is untouched.
@@ -195,7 +195,7 @@ def _write_tensor(tensor: ir.TensorProtocol, file: durable.HashingWriter) -> Non
         tensor.tofile(file)  # in pieces, never in memory as a whole
     elif tensor.dtype.bitwidth >= 8 and sys.byteorder == "little":
         # The array itself, evaluated here if it is lazy: `tobytes` would hold it twice.
-        file.write(memoryview(np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8)))
+        file.write(np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8).data)
     else:
         file.write(tensor.tobytes())
 
