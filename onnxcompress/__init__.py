@@ -1,0 +1,42 @@
+"""onnxcompress: make an ONNX model smaller and faster, and prove that it is still right.
+
+Everything here is loaded on first use, so that `onnxcompress --help` starts at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from onnxcompress.api import compress as compress
+    from onnxcompress.api import inspect as inspect
+    from onnxcompress.api import validate as validate
+    from onnxcompress.model.load import load as load
+    from onnxcompress.model.save import save as save
+    from onnxcompress.model.weights import weights as weights
+    from onnxcompress.recipe import Recipe as Recipe
+
+_WHERE = {
+    "Recipe": "onnxcompress.recipe",
+    "compress": "onnxcompress.api",
+    "inspect": "onnxcompress.api",
+    "load": "onnxcompress.model.load",
+    "save": "onnxcompress.model.save",
+    "validate": "onnxcompress.api",
+    "weights": "onnxcompress.model.weights",
+}
+
+__all__ = ["Recipe", "compress", "inspect", "load", "save", "validate", "weights"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        return getattr(importlib.import_module(_WHERE[name]), name)
+    raise AttributeError(f"module 'onnxcompress' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

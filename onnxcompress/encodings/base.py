@@ -1,0 +1,133 @@
+"""What an encoding is, and the tape on which it writes its inference form."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcompress.encodings import functions
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class Tape:
+    """Records the nodes and constants an encoding needs, in one graph or function body.
+
+    In a graph constants become initializers; a function body has none, so there they become Constant nodes.
+    `place` inserts all nodes, in order, before `anchor` (None: at the start).
+    """
+
+    def __init__(self, model: ir.Model, owner: ir.Graph | ir.Function) -> None:
+        self.model = model
+        self.owner = owner
+        self.opset = model.opset_imports.get("", 1)
+        self._nodes: list[ir.Node] = []
+        self._initializers: list[ir.Value] = []
+
+    def constant(self, array: np.ndarray | ir.TensorProtocol, name: str) -> ir.Value:
+        """A constant with this name. `array` may be a memory map; it is not copied."""
+        tensor = ir.tensor(array, name=name) if isinstance(array, np.ndarray) else array
+        if isinstance(self.owner, ir.Function):
+            return self.op("Constant", [], name, {"value": tensor})
+        shape, kind = ir.Shape(tensor.shape.numpy()), ir.TensorType(tensor.dtype)
+        value = ir.Value(name=name, shape=shape, type=kind, const_value=tensor)
+        self._initializers.append(value)
+        return value
+
+    def op(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        name: str,
+        attributes: Mapping[str, Any] | None = None,
+        domain: str = "",
+    ) -> ir.Value:
+        """One node with one output called `name`."""
+        attrs = ir.convenience.convert_attributes(dict(attributes or {}))
+        output = ir.Value(name=name)
+        self._nodes.append(ir.Node(domain, op_type, inputs, attributes=attrs, outputs=[output], name=""))
+        return output
+
+    def call(self, function: str, inputs: Sequence[ir.Value], name: str) -> ir.Value:
+        """A call of one of the local functions in `functions.py`, added to the model when it is not there yet."""
+        functions.require(self.model, self.owner, function)
+        return self.op(function, inputs, name, domain=functions.DOMAIN)
+
+    def place(self, anchor: ir.Node | None = None) -> None:
+        """Insert everything recorded into the owner, before `anchor`, or before its first node."""
+        for value in self._initializers:
+            assert isinstance(self.owner, ir.Graph)
+            self.owner.register_initializer(value)
+        if anchor is None and len(self.owner):
+            anchor = self.owner[0]
+        if anchor is None:
+            self.owner.extend(self._nodes)
+        else:
+            self.owner.insert_before(anchor, self._nodes)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Encoding:
+    """How one weight is stored, how it runs and how it trains.
+
+    `decode()` is bit for bit what ONNX Runtime computes from the emitted form. `parameters()` are the trainable floats,
+    `buffers()` what stays fixed in a step; `updated(parameters)` is the encoding after a step, with its structure kept.
+    """
+
+    kind: ClassVar[str]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the decoded weight."""
+        raise NotImplementedError
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Element type of the decoded weight."""
+        raise NotImplementedError
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors the emitted form stores."""
+        raise NotImplementedError
+
+    @property
+    def least_opset(self) -> int:
+        """The lowest default-domain opset in which this encoding can be emitted."""
+        return 1
+
+    def decode(self) -> np.ndarray:
+        """The weight as a dense array of `shape` and `dtype`."""
+        raise NotImplementedError
+
+    def emit(self, tape: Tape, name: str) -> ir.Value:
+        """Write the inference form onto `tape`; the returned value is called `name`, its parts `name.<part>`."""
+        raise NotImplementedError
+
+    def parameters(self) -> dict[str, np.ndarray]:
+        """Trainable floating-point arrays by name."""
+        raise NotImplementedError
+
+    def buffers(self) -> dict[str, np.ndarray]:
+        """Fixed arrays by name: graph inputs of a training graph, so that schedules need no new session."""
+        return {}
+
+    def updated(self, parameters: Mapping[str, np.ndarray]) -> Self:
+        """The encoding with new parameters, projected back onto its structure (zeros stay zero, codes stay fixed)."""
+        raise NotImplementedError
+
+    def same(self, other: Encoding) -> bool:
+        """True when both are the same encoding with bit-equal content."""
+        if self.kind != other.kind or self.shape != other.shape or self.dtype != other.dtype:
+            return False
+        mine, theirs = {**self.parameters(), **self.buffers()}, {**other.parameters(), **other.buffers()}
+        return mine.keys() == theirs.keys() and all(_equal_bits(mine[k], theirs[k]) for k in mine)
+
+
+def _equal_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()

@@ -1,0 +1,84 @@
+"""A pruned weight stored without its zeros: one bit an element and the packed non-zero values."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcompress.encodings.base import Encoding, Tape
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sparse(Encoding):
+    """`mask`: uint8 [ceil(n / 8)], lowest bit first. `values`: [1 + number of non-zeros], a leading 0 and the kept
+    values in order.
+
+    Smaller than dense above 1/32 zeros in float32. ONNX Runtime folds the expansion at load: run time and memory are
+    the dense weight's.
+    """
+
+    kind: ClassVar[str] = "sparse"
+    mask: np.ndarray
+    values: np.ndarray
+    dims: tuple[int, ...]
+
+    @staticmethod
+    def pack(array: np.ndarray) -> Sparse:
+        """The encoding of `array`; an element equal to zero (of either sign) is dropped and decodes to +0."""
+        flat = np.ascontiguousarray(array).reshape(-1)
+        keep = flat != 0
+        values = np.concatenate([np.zeros(1, flat.dtype), flat[keep]])
+        return Sparse(np.packbits(keep, bitorder="little"), values, array.shape)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.dims
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.values.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.mask.nbytes + self.values.nbytes + 8 * len(self.dims)
+
+    @property
+    def least_opset(self) -> int:
+        return 11
+
+    def _keep(self) -> np.ndarray:
+        count = int(np.prod(self.dims, dtype=np.int64))
+        return np.unpackbits(self.mask, count=count, bitorder="little").astype(bool)
+
+    def decode(self) -> np.ndarray:
+        keep = self._keep()
+        out = np.zeros(keep.shape, self.values.dtype)
+        out[keep] = self.values[1:]
+        return out.reshape(self.dims)
+
+    def emit(self, tape: Tape, name: str) -> ir.Value:
+        parts = [
+            tape.constant(self.mask, f"{name}.mask"),
+            tape.constant(self.values, f"{name}.values"),
+            tape.constant(np.array(self.dims, np.int64), f"{name}.shape"),
+        ]
+        return tape.call("ExpandSparse", parts, name)
+
+    @staticmethod
+    def recognize(parts: Mapping[str, np.ndarray]) -> Sparse:
+        """From the inputs of an `ExpandSparse` call."""
+        return Sparse(parts["mask"], parts["values"], tuple(int(d) for d in parts["shape"]))
+
+    def parameters(self) -> dict[str, np.ndarray]:
+        return {"values": self.values[1:]}
+
+    def buffers(self) -> dict[str, np.ndarray]:
+        return {"mask": self.mask}
+
+    def updated(self, parameters: Mapping[str, np.ndarray]) -> Sparse:
+        values = np.concatenate([np.zeros(1, self.values.dtype), parameters["values"].astype(self.values.dtype)])
+        return Sparse(self.mask, values, self.dims)
