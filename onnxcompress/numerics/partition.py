@@ -24,6 +24,12 @@ from onnxcompress.numerics.chunks import F64, I64
 
 EXACT_WORK = 16_000_000  # additions a dynamic program over all pairs of points may cost before the windows are cheaper
 TENSOR = 2_000_000  # elements of the largest temporary of one round, 8 bytes each
+# Rounds: half width of the windows, places an interval, and the gain below which the next begin. First two intervals to each
+# side coarsely, then one, then the neighbourhood finely: among few points the optimum has many near rivals. Measured on
+# 93 arrays of 300 to 3,000 points: within 1.0003 of the optimum with the last window one interval wide, else within 1.001.
+COARSE = ((8, 4, 1e-4), (8, 8, 1e-4))
+FINE = (32, 32, 2e-5)
+NARROW = (8, 32, 2e-5)  # a fifteenth of the work a round: for many rows, and for k > 64
 ROUNDS = 60  # a bound nobody has seen reached; each round improves, so stopping early is safe
 
 
@@ -136,17 +142,17 @@ def _error(weight: F64, first: F64, second: F64, pinned: np.ndarray | None) -> F
 def partition(points: Points, k: int) -> I64:
     """Boundaries [R, k + 1] of a partition into k intervals whose squared error is (nearly) the least.
 
-    Every row must hold more than k points. Exact for few points; otherwise within a few 1e-5 of the optimum.
+    Every row must hold more than k points. Exact for few points, otherwise near the optimum (see `FINE`).
     """
     rows, width = points.x.shape
-    if k > 1 and width <= 512 and width * width * k <= EXACT_WORK / min(rows, 16):
+    if k > 1 and width <= 512 and width * width * k <= EXACT_WORK / min(rows, 64):
         step = max(1, TENSOR // (width + 1) ** 2)
         return _by_rows(points, step, lambda part, _: exact(part, k), np.zeros((rows, k + 1), np.int64))
     ends = np.repeat(points.size[:, None], k + 1, axis=1)
     ends[:, 0] = 0
     bounds = lloyd(points, grow(points, ends), 3)
-    for shift, grain, tolerance in ((2, 4, 1e-4), (1, 8, 2e-5)):
-        bounds = _settle(points, bounds, shift, grain, tolerance)
+    for half, grain, tolerance in (*COARSE, FINE if rows == 1 and k <= 64 else NARROW):
+        bounds = _settle(points, bounds, half, grain, tolerance)
     return lloyd(points, bounds, 100)
 
 
@@ -160,14 +166,14 @@ def _by_rows(points: Points, step: int, work, start: I64) -> I64:  # type: ignor
     return np.concatenate(pieces)
 
 
-def _settle(points: Points, bounds: I64, shift: int, grain: int, tolerance: float) -> I64:
+def _settle(points: Points, bounds: I64, half: int, grain: int, tolerance: float) -> I64:
     """Rounds of windows and Lloyd steps until no row gains more than `tolerance` of its error."""
     bounds = bounds.copy()
     active = np.arange(len(bounds))
-    step = max(1, TENSOR // ((bounds.shape[1] - 1) * (2 * shift * grain + 1) ** 2))
+    step = max(1, TENSOR // ((bounds.shape[1] - 1) * (2 * half + 1) ** 2))
 
     def improve(part: Points, old: I64) -> I64:
-        return lloyd(part, grow(part, window(part, old, shift, grain)), 4)
+        return lloyd(part, grow(part, window(part, old, half, grain)), 4)
 
     for _ in range(ROUNDS):
         part = points if len(active) == len(bounds) else points.rows(active)
@@ -229,10 +235,10 @@ def lloyd(points: Points, bounds: I64, rounds: int) -> I64:
     return bounds
 
 
-def window(points: Points, bounds: I64, shift: int, grain: int) -> I64:
-    """Best partition whose boundary m lies between the present boundaries m - shift and m + shift.
+def window(points: Points, bounds: I64, half: int, grain: int) -> I64:
+    """Best partition whose every boundary stays within `half` places of the present one. Never worse than `bounds`.
 
-    Tried places: the present boundaries and `grain` - 1 evenly spaced values inside each interval. Never worse than `bounds`.
+    Places: the present boundaries and `grain` - 1 evenly spaced values inside each interval.
     """
     rows, k = bounds.shape[0], bounds.shape[1] - 1
     low, high = bounds[:, :-1], bounds[:, 1:]
@@ -242,8 +248,8 @@ def window(points: Points, bounds: I64, shift: int, grain: int) -> I64:
     inner = np.clip(inner, low[..., None], high[..., None])
     grid = np.concatenate([low[..., None], inner], axis=2).reshape(rows, k * grain)
     grid = np.concatenate([grid, bounds[:, -1:]], axis=1)
-    width = 2 * shift * grain + 1
-    padded = np.pad(grid, ((0, 0), (shift * grain, shift * grain)), mode="edge")
+    width = 2 * half + 1
+    padded = np.pad(grid, ((0, 0), (half, half)), mode="edge")
 
     def windows(table: np.ndarray) -> np.ndarray:
         return np.lib.stride_tricks.sliding_window_view(table, width, axis=1)[:, ::grain]
@@ -267,7 +273,7 @@ def window(points: Points, bounds: I64, shift: int, grain: int) -> I64:
         reach += best[:, None, :]
         came[m] = reach.argmin(axis=2)
         best = reach.min(axis=2)
-    return _walk_back(came, place, np.full(rows, shift * grain))
+    return _walk_back(came, place, np.full(rows, half))
 
 
 def exact(points: Points, k: int) -> I64:
