@@ -41,11 +41,15 @@ def export(net: torch.nn.Module, feeds: dict[str, torch.Tensor], shapes: dict[st
 
     Only constants are folded: the exporter's whole optimizer would also fold BatchNormalization into the convolutions.
     """
-    dynamic = {name: {axis: torch.export.Dim.DYNAMIC for axis in axes} for name, axes in shapes.items()}
+    dynamic = {name: dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for name, axes in shapes.items()}
     program = torch.onnx.export(
         net.eval(), (), kwargs=feeds, dynamo=True, optimize=False, opset_version=OPSET, verbose=False,
         input_names=list(feeds), output_names=["logits"], dynamic_shapes=dynamic,
     )  # fmt: skip
+    for node in program.model.graph:
+        if node.op_type == "Transpose" and node.inputs[0].is_initializer():
+            # Folded just below: the weight keeps a name that says what it is.
+            node.outputs[0].name = f"{node.inputs[0].name}.T"
     onnxscript.optimizer.fold_constants(program.model)
     onnxscript.optimizer.remove_unused_nodes(program.model)
     model = program.model_proto
@@ -98,12 +102,21 @@ def score(path: pathlib.Path, data: dict[str, np.ndarray]) -> float:
     return float((session.run(None, feeds)[0].argmax(1) == data["y"]).mean())
 
 
-def card(folder: pathlib.Path, **facts: object) -> None:
-    """model.json: what the model is and what it scores."""
-    model = onnx.load(folder / "model.onnx")
-    graphs = [model.graph, *subgraphs(model.graph)]
-    parameters = sum(int(np.prod(t.dims)) for g in graphs for t in g.initializer if t.data_type == onnx.TensorProto.FLOAT)
-    size = (folder / "model.onnx").stat().st_size
-    facts = {"name": folder.name, **facts, "parameters": parameters, "model_bytes": size, "opset": OPSET}
+def card(folder: pathlib.Path, evaluation: dict[str, np.ndarray], licence: str, **more: object) -> None:
+    """Score the file and write model.json. `parameters`: elements of all float weights, running statistics included."""
+    path = folder / "model.onnx"
+    model = onnx.load(path)
+    tensors = [t for graph in [model.graph, *subgraphs(model.graph)] for t in graph.initializer if t.dims]
+    facts = {
+        "name": folder.name,
+        "metric": "accuracy",
+        "score": round(score(path, evaluation), 6),
+        "eval_samples": len(evaluation["y"]),
+        "parameters": sum(int(np.prod(t.dims)) for t in tensors if t.data_type == onnx.TensorProto.FLOAT),
+        "bytes": path.stat().st_size,
+        "opset": OPSET,
+        "data": licence,
+        **more,
+    }
     (folder / "model.json").write_text(json.dumps(facts, indent=2) + "\n")
-    print(json.dumps(facts, indent=2))
+    print(json.dumps(facts))

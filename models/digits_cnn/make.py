@@ -1,9 +1,9 @@
-"""A convolutional network on scikit-learn's bundled digits: residual, depthwise separable and inverted residual blocks.
+"""A convolutional network on scikit-learn's digits: residual, depthwise separable and inverted residual blocks.
 
-Data: `sklearn.datasets.load_digits` (test part of UCI "Optical Recognition of Handwritten Digits", E. Alpaydin and C. Kaynak,
-1998, CC BY 4.0; shipped by scikit-learn, BSD-3-Clause). Metric: top-1 accuracy on 700 held-out images.
-Input `image` float32 [batch, 1, 8, 8], pixels 0..16 as in the data; the scaling is in the graph. Output `logits` [batch, 10].
-BatchNormalization stays a node of its own behind each convolution. Run: `python -m models.digits_cnn.make` (about a minute).
+Data: `sklearn.datasets.load_digits` (test part of UCI "Optical Recognition of Handwritten Digits", E. Alpaydin and
+C. Kaynak, 1998, CC BY 4.0; shipped by scikit-learn, BSD-3-Clause). Metric: top-1 accuracy on 700 held-out images.
+Input `image` float32 [batch, 1, 8, 8], pixels 0..16: the scaling is in the graph. Output `logits` float32 [batch, 10].
+BatchNormalization stays a node of its own behind each convolution. Run: `python -m models.digits_cnn.make` (a minute).
 """
 
 from __future__ import annotations
@@ -89,11 +89,7 @@ def main() -> None:
     net = train(torch.from_numpy(data["train"]["image"]).float(), torch.from_numpy(data["train"]["y"]).long())
     model = common.export(net, {"image": torch.zeros(2, 1, 8, 8)}, {"image": {0: "batch"}})
     common.save(model, HERE / "model.onnx")
-    accuracy = common.score(HERE / "model.onnx", data["eval"])
-    common.card(
-        HERE, metric="accuracy", score=accuracy, eval_samples=len(data["eval"]["y"]),
-        data="scikit-learn digits (UCI optdigits, CC BY 4.0)",
-    )  # fmt: skip
+    common.card(HERE, data["eval"], licence="scikit-learn digits (UCI optdigits), CC BY 4.0")
 
 
 if __name__ == "__main__":
