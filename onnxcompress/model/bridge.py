@@ -51,39 +51,67 @@ class Slot:
     initializer: bool
 
 
-def slots(model: ir.Model) -> Iterator[Slot]:
-    """Every tensor of `model`: initializers and attributes of graph, subgraphs and functions, in file order."""
-    yield from _graph_slots(model.graph, "")
+def scopes(model: ir.Model) -> Iterator[tuple[str, ir.Graph | ir.Function]]:
+    """Every graph and function body with the path that prefixes the names in it: "", "If_0/then/", "domain::F/".
+
+    A subgraph is called by the first output of its node, which has a name whether or not the node has one.
+    """
+    yield from _scopes("", model.graph)
     for function in model.functions.values():
-        yield from _node_slots(function, f"{function.domain}::{function.name}/")
+        yield from _scopes(f"{function.domain}::{function.name}/", function)
 
 
-def _graph_slots(graph: ir.Graph, path: str) -> Iterator[Slot]:
-    for value in graph.initializers.values():
-        if value.const_value is not None:
-            yield Slot(f"{path}{value.name}", value.const_value, _initializer_setter(value), True)
-    yield from _node_slots(graph, path)
+def subscopes(path: str, node: ir.Node) -> Iterator[tuple[str, ir.Graph, str]]:
+    """The subgraphs of a node in the scope `path`: path of the subgraph, graph, and the attribute's name."""
+    for attribute in node.attributes.values():
+        if attribute.is_ref() or attribute.type not in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
+            continue
+        graphs = attribute.value if attribute.type == ir.AttributeType.GRAPHS else [attribute.value]
+        inner = f"{path}{node.outputs[0].name or node.name}/{attribute.name.removesuffix('_branch')}/"
+        for graph in graphs:
+            yield inner, graph, attribute.name
 
 
-def _node_slots(nodes: ir.Graph | ir.Function, path: str) -> Iterator[Slot]:
-    for node in nodes:
-        where = f"{path}{node.name or node.op_type}"
-        for name, attribute in list(node.attributes.items()):
-            if attribute.is_ref():
-                continue
-            if attribute.type == ir.AttributeType.TENSOR:
-                output = node.outputs[0].name if node.op_type == "Constant" and node.outputs else None
-                yield Slot(
-                    f"{path}{output}" if output else f"{where}/{name}", attribute.value, _attr_setter(node, name), False
-                )
-            elif attribute.type == ir.AttributeType.TENSORS:
-                for index, tensor in enumerate(attribute.value):
-                    yield Slot(f"{where}/{name}/{index}", tensor, _attr_setter(node, name, index), False)
-            elif attribute.type == ir.AttributeType.GRAPH:
-                yield from _graph_slots(attribute.value, f"{where}/{name}/")
-            elif attribute.type == ir.AttributeType.GRAPHS:
-                for index, graph in enumerate(attribute.value):
-                    yield from _graph_slots(graph, f"{where}/{name}/{index}/")
+def _scopes(path: str, owner: ir.Graph | ir.Function) -> Iterator[tuple[str, ir.Graph | ir.Function]]:
+    yield path, owner
+    for node in owner:
+        for inner, graph, _ in subscopes(path, node):
+            yield from _scopes(inner, graph)
+
+
+def slots(model: ir.Model) -> Iterator[Slot]:
+    """Every tensor of `model`: initializers and attributes of graph, subgraphs and functions, scope by scope.
+
+    A constant is called by its node's output, any other attribute by its node and its own name.
+    """
+    for path, owner in scopes(model):
+        if isinstance(owner, ir.Graph):
+            for value in owner.initializers.values():
+                if value.const_value is not None:
+                    yield Slot(f"{path}{value.name}", value.const_value, _initializer_setter(value), True)
+        for node in owner:
+            yield from _attribute_slots(path, node)
+
+
+def _attribute_slots(path: str, node: ir.Node) -> Iterator[Slot]:
+    called = node.outputs[0].name if node.outputs else None
+    for name, attribute in list(node.attributes.items()):
+        if attribute.is_ref():
+            continue
+        where = f"{path}{called}" if node.op_type == "Constant" else f"{path}{node.name or called}/{name}"
+        if attribute.type == ir.AttributeType.TENSOR:
+            yield Slot(where, attribute.value, _attr_setter(node, name), False)
+        elif attribute.type == ir.AttributeType.TENSORS:
+            for index, tensor in enumerate(attribute.value):
+                yield Slot(f"{where}/{index}", tensor, _attr_setter(node, name, index), False)
+
+
+def clone(model: ir.Model) -> ir.Model:
+    """A copy that shares the tensors and keeps `meta`, where the model's source is recorded (onnx-ir drops it)."""
+    copy = model.clone()
+    for key, value in model.meta.items():
+        copy.meta[key] = value
+    return copy
 
 
 def _initializer_setter(value: ir.Value) -> Callable[[ir.TensorProtocol], None]:

@@ -1,7 +1,7 @@
 """The only place that opens an onnxruntime session.
 
-ONNX Runtime falls back to the CPU silently when a provider cannot start, and may do so again in the middle of a run: both
-are switched off here, and a session that did not get its provider is refused.
+ONNX Runtime falls back to the CPU silently when a provider cannot start, and may do so again in the middle of a run:
+both are switched off here, and a session that did not get its provider is refused.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _NUMPY = {"float": "float32", "double": "float64", "float16": "float16", "bool":
 
 @dataclasses.dataclass(frozen=True)
 class Port:
-    """An input or output of a session. `type`: as ONNX Runtime writes it, `tensor(float)`; `shape`: int, name or None."""
+    """An input or output of a session. `type`: as in ONNX Runtime, `tensor(float)`; `shape`: of int, name or None."""
 
     name: str
     type: str
@@ -151,8 +151,9 @@ def open_session(
 ) -> Session:
     """Open `model` (in memory, a path, or bytes) on `provider`, with the CPU behind it for nodes it does not take.
 
-    `threads`: of the one pool used; 1 gives the same bits on every machine of a class. `optimize`: all of ONNX Runtime's
-    graph optimizations, or none. `config`: session config entries. `profile`: file for the profile, written by `close`.
+    `threads`: of the one pool used; 1 gives the same bits on every machine of a class. `optimize`: all graph
+    optimizations of ONNX Runtime, or none. `config`: session config entries. `profile`: file for the profile, which
+    `close` writes.
     External data of an in-memory model is read where it lies; a large model that is not on disk goes through a private
     temporary folder.
 
