@@ -71,8 +71,8 @@ def _agree(extents: dict[str, tuple[int, int]], headers: dict[str, Header], wher
     if len(found) > 1 or -1 in found:
         held = ", ".join(f"{name} {list(headers[name].shape)}" for name in extents)
         raise DataError(
-            f"{where}: the inputs hold different numbers of samples: {held}; one row a sample, or an axis more and one row "
-            "a whole call"
+            f"{where}: the inputs hold different numbers of samples: {held}; one row a sample, "
+            "or an axis more and one row a whole call"
         )
     return next(iter(found), None)
 

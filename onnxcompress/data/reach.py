@@ -5,9 +5,23 @@ from __future__ import annotations
 import onnx_ir as ir
 
 _PASS_ON = frozenset(
-    "Cast Identity Reshape Unsqueeze Squeeze Flatten Slice Transpose Expand Concat Split Tile Clip".split()
+    [
+        "Cast",
+        "Identity",
+        "Reshape",
+        "Unsqueeze",
+        "Squeeze",
+        "Flatten",
+        "Slice",
+        "Transpose",
+        "Expand",
+        "Concat",
+        "Split",
+        "Tile",
+        "Clip",
+    ]
 )
-_SAME_SHAPE = frozenset("Cast Identity DequantizeLinear Mul QuantizeLinear".split())
+_SAME_SHAPE = frozenset(["Cast", "Identity", "DequantizeLinear", "Mul", "QuantizeLinear"])
 _STEPS = 10_000
 
 

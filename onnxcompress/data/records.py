@@ -32,7 +32,7 @@ class Records:
 
     def __init__(self, source: Any, where: str) -> None:
         self._where = where
-        if callable(source) and not hasattr(source, "get_next"):
+        if isinstance(source, type) or (callable(source) and not hasattr(source, "get_next")):
             self._start: Callable[[], Iterator[Any]] = lambda: _pass_over(source(), where)
         elif _only_once(source):
             kept = _Spool(_taking(_pass_over(source, where), where))
@@ -108,8 +108,11 @@ def _array(value: Any, name: str, where: str) -> np.ndarray | list[np.ndarray]:
                 return np.array([str(x) for x in array.flat]).reshape(array.shape) if array.dtype == object else array
     if not isinstance(value, (np.ndarray, Sequence)) or (isinstance(value, np.ndarray) and value.ndim != 1):
         raise DataError(f"{where}: {name!r}: wanted an array or a list of arrays, got {type(value).__name__}")
-    rows = [np.asarray(item) for item in value]
-    if any(row.dtype == object for row in rows):
+    try:
+        rows = [np.asarray(item) for item in value]
+    except ValueError:
+        rows = []
+    if not rows or any(row.dtype == object for row in rows):
         raise DataError(f"{where}: {name!r}: wanted an array or a list of arrays of numbers, got nested objects")
     return rows
 

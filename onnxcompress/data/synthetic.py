@@ -108,7 +108,8 @@ class SyntheticData(Data):
         size = int(np.prod(shape, dtype=np.int64))
         if "cache" in name:
             return np.full(shape, past > 0)  # a merged decoder reads its past only when told to
-        return ((np.arange(size) + call) % 2 == 0).reshape(shape)
+        alternating: np.ndarray = (np.arange(size) + call) % 2 == 0
+        return alternating.reshape(shape)
 
     def _integers(
         self, given: str, shape: tuple[int, ...], dtype: np.dtype, generator: np.random.Generator, past: int

@@ -14,7 +14,7 @@ from onnxcompress.data.plan import Plan
 from onnxcompress.data.tables import Reader, Table
 from onnxcompress.errors import DataError
 
-_HASH_BYTES = 4 << 20
+_HASH_BYTES = 1 << 20
 
 
 class TableData(Data):
