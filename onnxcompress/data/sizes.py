@@ -11,8 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import onnx_ir as ir
 
-from onnxcompress.data.cast import is_float
+from onnxcompress.data.cast import is_float, is_integer
 from onnxcompress.data.specs import InputSpec, input_specs
+
+IDS = "*ids"
+"""The key under which `sizes` bounds integers that no table bounds: values 0 to `sizes[IDS]` - 1."""
 
 _SEQUENCE, _PICTURE, _CHANNELS = 8, 32, 3
 _TRIED = (8, 16, 32, 64, 128, 224, 256, 512, 576, 640, 1024, 16000, 4, 2, 1)
@@ -36,7 +39,7 @@ class Sizes:
     """
 
     def __init__(self, specs: Sequence[InputSpec], given: Mapping[str, int] | None = None) -> None:
-        self._specs, self._given = list(specs), dict(given or {})
+        self.specs, self._given = list(specs), dict(given or {})
         axes = [(spec, axis, key) for spec in specs for axis in range(spec.rank or 0) if (key := axis_key(spec, axis))]
         self._axes = axes
         plain = {key for spec, _, key in axes if "past" not in spec.name.lower()}
@@ -90,7 +93,7 @@ class Sizes:
 
     def sequence(self) -> int:
         """The number of new positions of a call: the second axis of the first input that has a free or fixed one."""
-        for spec in self._specs:
+        for spec in self.specs:
             if (spec.rank or 0) < 2 or _is_mask(spec) or "past" in spec.name.lower():
                 continue
             assert spec.shape is not None
@@ -114,16 +117,22 @@ class Sizes:
 
 
 def candidate_sizes(model: ir.Model) -> Iterator[dict[str, int]]:
-    """Sizes to try one after another, for `synthetic_feeds(model, sizes=...)`: first none (the defaults), then a
-    batch of one, then one size for all other dynamic axes: usual lengths of sequences, pictures and frames of sound.
+    """Sizes to try one after another, for `synthetic_feeds(model, sizes=...)`: first none (the defaults), then a batch
+    of one, small integers (an axis or a class may be meant), and one size for all other dynamic axes: usual lengths of
+    sequences, pictures and frames of sound.
     """
     sizes = Sizes(input_specs(model))
     yield {}
     one = dict.fromkeys(sorted(sizes.batch), 1)
     if one:
         yield one
+    integers = any(spec.dtype is not None and is_integer(spec.dtype) for spec in sizes.specs)
+    if integers:
+        yield one | {IDS: 2}
     for size in _TRIED if sizes.free else ():
         yield one | dict.fromkeys(sorted(sizes.free), size)
+    if integers:
+        yield one | {IDS: 1}
 
 
 def _is_batch(spec: InputSpec, axis: int, key: str) -> bool:

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from onnxcompress.data.batch import Batch, ContentHash, Data
 from onnxcompress.data.cast import is_float, is_integer
 from onnxcompress.data.reach import index_bounds
-from onnxcompress.data.sizes import Sizes
+from onnxcompress.data.sizes import IDS, Sizes
 from onnxcompress.data.specs import InputSpec, input_specs
 from onnxcompress.errors import DataError
 
@@ -55,6 +55,7 @@ class SyntheticData(Data):
         self._seed, self._samples, self._batch = seed, samples, batch
         self._sizes = Sizes(self.specs, sizes)
         self._bounds = index_bounds(model)
+        self._ids = sizes.get(IDS)
 
     def __iter__(self) -> Iterator[Batch]:
         start = 0
@@ -120,6 +121,7 @@ class SyntheticData(Data):
         if bound is None and ("length" in name or name.endswith("lens")):
             return np.full(shape, self._sizes.sequence(), dtype)
         most = (1 << (8 * dtype.itemsize)) - 1 if dtype.kind == "u" and dtype.itemsize == 1 else _IDS - 1
+        most = most if self._ids is None else self._ids - 1
         most = most if bound is None else bound - 1
         most = min(most, _largest(dtype))
         if "position" in name and shape:
