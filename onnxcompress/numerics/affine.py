@@ -4,7 +4,8 @@
     x = (q - zero_point) * scale                               ONNX DequantizeLinear
 
 Both as ONNX Runtime computes them: in float32, the result of dequantization rounded once to the type of the scale.
-Parameters are per tensor (scalars), per channel (one along `axis`) or blocked (one for each `block` elements along `axis`).
+Parameters are per tensor (scalars), per channel (one along `axis`) or blocked (one for each `block` elements along
+`axis`).
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ _TYPES: dict[str, tuple[Any, int, int]] = {
 class AffineParams:
     """Scale and zero point with all it takes to apply them.
 
-    Per tensor (axis None): 0-d arrays. Per channel: 1-d, one entry along `axis`. Blocked: the shape of the tensor with `axis`
-    divided by `block`, rounded up.
+    Per tensor (axis None): 0-d arrays. Per channel: 1-d, one entry along `axis`. Blocked: the shape of the tensor
+    with `axis` divided by `block`, rounded up.
     """
 
     scale: Array
@@ -74,15 +75,17 @@ class Quantized(NamedTuple):
 
 def numpy_dtype(dtype: str) -> np.dtype[Any]:
     """The numpy (or ml_dtypes) type of an integer type's name."""
-    return np.dtype(_type(dtype)[0])
+    kind: np.dtype[Any] = np.dtype(_type(dtype)[0])
+    return kind
 
 
 def limits(dtype: str, *, symmetric: bool, reduced_range: bool = False) -> tuple[int, int]:
     """Least and greatest integer that quantization uses.
 
     Symmetric 8- and 16-bit types leave out the least integer, so that a weight and its negative get negative integers;
-    below 8 bits that would cost a level out of 16 or 4, and all are used. Reduced range: half of the levels, int8 in
-    [-64, 64] and uint8 in [0, 128]: two products with any uint8 then fit 16 bits (2 * 255 * 64 = 32,640; see `pair_sum_bound`).
+    below 8 bits that would cost a level out of 16 or 4, and all are used. Reduced range: int8 in [-64, 64] or uint8 in
+    [0, 127]; where one operand of a product is so reduced, the sum of two products fits 16 bits (2 * 255 * 64 = 32,640
+    and 2 * 127 * 128 = 32,512; see `pair_sum_bound`).
 
     Raises:
         ValueError: reduced range of another type, unknown type.
@@ -91,7 +94,7 @@ def limits(dtype: str, *, symmetric: bool, reduced_range: bool = False) -> tuple
     if reduced_range:
         if dtype not in ("int8", "uint8"):
             raise ValueError(f"reduced range is defined for int8 and uint8, not {dtype}")
-        return (-64, 64) if dtype == "int8" else (0, 128)
+        return (-64, 64) if dtype == "int8" else (0, 127)
     if symmetric and high - low >= 255:
         return low + 1, high
     return low, high
@@ -108,10 +111,10 @@ def choose_scale(
 ) -> tuple[Array, Array]:
     """Scale and zero point that cover [minimum, maximum] and 0, elementwise over arrays.
 
-    0.0 is always exactly representable. The scale is rounded upwards, so that the whole range is covered and no value in it
-    is off by more than scale / 2 (a scale beyond the greatest of `scale_dtype` saturates). It is never below the least
-    normal number, so that dividing by it stays finite; a range of only 0 gets scale 1. The symmetric zero point is 0 for
-    signed types, the middle of the range for unsigned ones.
+    0.0 is always exactly representable. The scale is rounded upwards, so that the whole range is covered and no value
+    in it is off by more than scale / 2 (a scale beyond the greatest of `scale_dtype` saturates). It is never below
+    the least normal number, so that dividing by it stays finite; a range of only 0 gets scale 1. The symmetric zero
+    point is 0 for signed types, the middle of the range for unsigned ones.
 
     Returns:
         scale of type `scale_dtype`, zero point of the integer type, both in the broadcast shape of the arguments.
@@ -154,7 +157,8 @@ def quantize(
     out = np.empty(x.shape, dtype=kind)
     wide = np.float64 if dtype == "int32" else np.float32
     for source, target, s, z in _pieces(x, out, scale, zero_point, axis, block):
-        part = source.astype(wide) / s.astype(wide)
+        with np.errstate(over="ignore"):  # infinite, and saturated below, as it should be
+            part = source.astype(wide) / s.astype(wide)
         np.rint(part, out=part)
         part += z.astype(wide)
         np.clip(part, qmin, qmax, out=part)
@@ -226,7 +230,7 @@ def quantize_weight(
 
 
 class PairSums(NamedTuple):
-    """Extreme sums of two neighbouring products (`lowest` <= 0 <= `highest`), and whether they leave the 16-bit range."""
+    """Extreme sums of two products (`lowest` <= 0 <= `highest`), and whether they leave the signed 16-bit range."""
 
     lowest: int
     highest: int
@@ -277,7 +281,7 @@ def _type(dtype: str) -> tuple[Any, int, int]:
 
 def _round_up(wanted: Array, scale_dtype: Any) -> Array:
     """The least positive normal number of `scale_dtype` that is not below `wanted`; 1 for 0."""
-    info = ml_dtypes.finfo(scale_dtype)
+    info: Any = ml_dtypes.finfo(scale_dtype)  # type: ignore[no-untyped-call]
     wanted = np.where(wanted == 0, 1.0, np.maximum(wanted, float(info.smallest_normal)))
     scale = np.atleast_1d(np.minimum(wanted, float(info.max))).astype(scale_dtype)
     bits = scale.view(f"u{scale.dtype.itemsize}")
@@ -337,11 +341,10 @@ def _pieces(
                 slice(None) if expected[1] == 1 else slice(j // repeat, -(-(j + columns) // repeat)),
             )
             length = x[at].shape[1]
-            yield (
-                x[at],
-                out[at],
-                *((np.repeat(p[mine], repeat, axis=1)[:, :length] if block else p[mine]) for p in (s, z)),
-            )
+            scales, zeros = s[mine], z[mine]
+            if block:
+                scales, zeros = (np.repeat(p, repeat, axis=1)[:, :length] for p in (scales, zeros))
+            yield x[at], out[at], scales, zeros
 
 
 def _squared_error(x: Array, scale: Array, zero: Array, bounds: tuple[int, int], axis: int | None, block: int) -> Array:

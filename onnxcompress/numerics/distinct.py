@@ -1,8 +1,9 @@
 """The distinct values of a tensor with their weights, in memory that does not grow with the tensor.
 
-Three ways, by what is there: 16-bit floats have at most 65,536 values and are counted exactly; up to `SORT_LIMIT` elements
-are sorted; more are counted in 2^20 bins of their leading bits (sign, exponent, 11 bits of the mantissa), where each bin
-stands for the mean of its values and bins that hold much of the weight are resolved to single values in a second pass.
+Three ways, by what is there: 16-bit floats have at most 65,536 values and are counted exactly; up to `SORT_LIMIT`
+elements are sorted; more are counted in 2^20 bins of their leading bits (sign, exponent, 11 bits of the mantissa),
+where each bin stands for the mean of its values and bins that hold much of the weight are resolved to single values
+in a second pass.
 """
 
 from __future__ import annotations

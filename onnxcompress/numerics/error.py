@@ -18,7 +18,7 @@ def relative_rms(reference: Array, other: Array) -> float:
 
 
 def sqnr_db(reference: Array, other: Array) -> float:
-    """Signal to quantization noise ratio, 20 log10(||reference|| / ||reference - other||): infinity where they are equal."""
+    """Signal to quantization noise ratio 20 log10(||reference|| / ||reference - other||): infinity where equal."""
     ratio = relative_rms(reference, other)
     if ratio == 0 or math.isnan(ratio):
         return math.inf if ratio == 0 else math.nan

@@ -1,9 +1,9 @@
 """Which weights matter least: magnitude criteria, and an exact threshold over many tensors in bounded memory.
 
-The magnitude of a float32, read as an integer, is in the order of its value. So a histogram of the leading 16 bits finds the
-bin of the k-th smallest, and one of the remaining 15 bits within that bin finds it exactly: two passes, 65,536 counters.
-Magnitudes are compared as float32 (float16 and bfloat16 exactly, float64 rounded). Among equal magnitudes the first met, in
-order of tensors and then of index, is dropped first.
+The magnitude of a float32, read as an integer, is in the order of its value. So a histogram of the leading 16 bits
+finds the bin of the k-th smallest, and one of the remaining 15 bits within that bin finds it exactly: two passes,
+65,536 counters. Magnitudes are compared as float32 (float16 and bfloat16 exactly, float64 rounded). Among equal
+magnitudes the first met, in order of tensors and then of index, is dropped first.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def scores(array: Array, scale: float = 1.0) -> F32:
 def scale_of(array: Array, how: str = "none") -> float:
     """What to divide a tensor's magnitudes by before they are compared with other tensors'.
 
-    One raw threshold over layers of different scale empties those of small weights. "none": 1; "std": standard deviation;
-    "rms": root mean square. A tensor without elements or spread has scale 1.
+    One raw threshold over layers of different scale empties those of small weights. "none": 1; "std": standard
+    deviation; "rms": root mean square. A tensor without elements or spread has scale 1.
     """
     if how not in ("none", "std", "rms"):
         raise ValueError(f"normalization must be none, std or rms, not {how!r}")
@@ -76,8 +76,8 @@ def scale_of(array: Array, how: str = "none") -> float:
 class MagnitudeThreshold:
     """The magnitude below which a given share of all weights lies, exactly, over any number of tensors.
 
-    A monoid: `update` with each tensor, `merge` what other threads saw, in any order. Then `refine(sparsity)` gives the second
-    pass, to be updated with the same tensors and scales again; its `threshold()` is exact.
+    A monoid: `update` with each tensor, `merge` what other threads saw, in any order. Then `refine(sparsity)` gives
+    the second pass, to be updated with the same tensors and scales again; its `threshold()` is exact.
     """
 
     counts: I64 = dataclasses.field(default_factory=lambda: np.zeros(1 << 16, dtype=np.int64))
@@ -108,7 +108,7 @@ class MagnitudeThreshold:
 
 @dataclasses.dataclass
 class RefinedThreshold:
-    """Second pass of `MagnitudeThreshold`: the `rank`-th smallest among magnitudes whose leading bits are `key` (-1: none)."""
+    """Second pass of `MagnitudeThreshold`: the `rank`-th smallest of the magnitudes that start with `key`; -1: none."""
 
     key: int
     rank: int
@@ -146,7 +146,7 @@ class RefinedThreshold:
 
 
 def global_threshold(tensors: Callable[[], Iterable[tuple[Array, float]]], sparsity: float) -> Threshold:
-    """Exact threshold over all tensors; `tensors()` yields (array, scale) and is called twice, one tensor held at a time."""
+    """Exact threshold over all tensors; `tensors()` yields (array, scale), is called twice, and may load lazily."""
     first = MagnitudeThreshold()
     for array, scale in tensors():
         first.update(array, scale)
@@ -177,7 +177,8 @@ def layer_mask(array: Array, sparsity: float) -> Mask:
 
 
 def nm_mask(array: Array, n: int, m: int, axis: int = -1) -> Mask:
-    """Mask (True: keep) of the n largest magnitudes in each group of m along `axis`; a last short group keeps at most n.
+    """Mask (True: keep) of the n largest magnitudes in each group of m along `axis`; a last short group keeps at most
+    n.
 
     Raises:
         ValueError: not 0 <= n <= m, or m < 1.

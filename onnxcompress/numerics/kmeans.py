@@ -1,7 +1,7 @@
 """One-dimensional k-means near its optimum: `kmeans1d` for a tensor, `kmeans_rows` for a codebook a row.
 
-The distinct values are found (`distinct`), divided into k intervals of least squared error (`partition`), and every value
-gets the nearest entry of the codebook of their means. Nothing is random: equal input, equal bytes.
+The distinct values are found (`distinct`), divided into k intervals of least squared error (`partition`), and every
+value gets the nearest entry of the codebook of their means. Nothing is random: equal input, equal bytes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ TABLE_FROM = 1 << 16  # below so many values a binary search each is faster than
 
 @dataclasses.dataclass(frozen=True)
 class Clusters:
-    """`codebook[codes]` approximates the values. codebook: float32 [k'], strictly ascending; error: (weighted) squared error."""
+    """`codebook[codes]` approximates the values.
+
+    codebook: float32 [k'], strictly ascending; codes: uint8, the shape of the values; error: (weighted) squared error.
+    """
 
     codebook: F32
     codes: U8
@@ -44,13 +47,16 @@ def kmeans1d(values: Array, k: int, *, weights: Array | None = None, pinned_zero
 
     Args:
         values: any shape; float16, bfloat16, float32, or float64 (clustered as float32).
-        k: number of codebook entries, 1 to 256. Fewer come back where there are fewer distinct values; the error is then 0.
+        k: number of codebook entries, 1 to 256. Fewer come back where there are fewer distinct values; the error is
+            then 0.
         weights: non-negative importance of each value, same shape. All zero counts as all one.
-        pinned_zero: exactly 0.0 is an entry, used or not, and every exact zero maps to it. A non-zero value maps to it only
-            where it is the nearest entry; the other k - 1 entries are placed knowing that, so the total error is least.
+        pinned_zero: exactly 0.0 is an entry, used or not, and every exact zero maps to it. A non-zero value maps to
+            it only where it is the nearest entry; the other k - 1 entries are placed knowing that, so the total error
+            is least.
 
     Returns:
-        Clusters: codes as uint8 in the shape of `values`. Measured within 1.0001 of the optimal error.
+        Clusters: codes as uint8 in the shape of `values`.
+            At k <= 64 the error is within 1.001 of the optimum (measured: 1.0003).
 
     Raises:
         ValueError: k out of range, a value or weight not finite, a weight negative, shapes that differ.
@@ -116,12 +122,14 @@ def _centers(point: F64, weight: F64, k: int, pinned: bool) -> F32:
     if len(point) <= k:
         return (point if len(point) else np.zeros(1)).astype(np.float32)
     points = Points.build(point[None], weight[None], np.array([len(point)]), pinned)
-    return _codebook(points, partition(points, k))[0]
+    first: F32 = _codebook(points, partition(points, k))[0]
+    return first
 
 
 def _codebook(points: Points, bounds: I64) -> F32:
     # + 0.0 turns -0.0 into 0.0; means of disjoint intervals of float32 values stay distinct when rounded to float32
-    return (points.centers(bounds) + points.center[:, None] + 0.0).astype(np.float32)
+    codebook: F32 = (points.centers(bounds) + points.center[:, None] + 0.0).astype(np.float32)
+    return codebook
 
 
 def _row_centers(x: F32, k: int, pinned: bool) -> F32:
@@ -160,7 +168,7 @@ def _thresholds(codebook: F32) -> F32:
     middle = (codebook[..., 1:].astype(np.float64) + codebook[..., :-1]) / 2
     threshold = middle.astype(np.float32)
     down = np.nextafter(threshold, np.float32(-np.inf))
-    return np.where(threshold > middle, down, threshold) + np.float32(0.0)
+    return (np.where(threshold > middle, down, threshold) + 0.0).astype(np.float32)
 
 
 def _assign(values: Array, codebook: F32, weights: F64 | None) -> tuple[U8, float]:
@@ -185,7 +193,7 @@ def _assign(values: Array, codebook: F32, weights: F64 | None) -> tuple[U8, floa
 
 
 def _table(threshold: F32) -> npt.NDArray[np.uint16]:
-    """Code by the leading bits of a float32; 256 is added where a threshold lies within the bin and the rest decides."""
+    """Code by the leading bits of a float32, with 256 added where a threshold lies in the bin and the rest decides."""
     half = BINS >> 1
     upper, lower = threshold[threshold >= 0], threshold[threshold < 0]
     table = np.empty(BINS, dtype=np.uint16)

