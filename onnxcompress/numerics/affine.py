@@ -311,9 +311,18 @@ def _ranges(x: Array, axis: int | None, block: int) -> tuple[Array, Array]:
 
 
 def _pieces(
-    source: Array, target: Array, scale: Array, zero_point: Array, axis: int | None, block: int
+    source: Array,
+    target: Array | None,
+    scale: Array,
+    zero_point: Array,
+    axis: int | None,
+    block: int,
+    reduced: Array | None = None,
 ) -> Iterator[tuple[Array, Array, Array, Array]]:
-    """Matching pieces of source, target (both [outer, channels, inner]) and their parameters, bounded in size."""
+    """Matching pieces of source, target and their parameters as [outer, channels, inner], bounded in size.
+
+    Target has the shape of source; without one, `reduced` is cut up instead, an array in the shape of the scale.
+    """
     scale, zero_point = np.asarray(scale), np.asarray(zero_point)
     if scale.shape != zero_point.shape:
         raise ValueError(f"scale of shape {scale.shape} with a zero point of shape {zero_point.shape}")
@@ -329,7 +338,9 @@ def _pieces(
         wanted = (*source.shape[:axis], blocks, *source.shape[axis + 1 :]) if block else (length,)
         if scale.shape != wanted:
             raise ValueError(f"scale of shape {scale.shape} where {wanted} is needed for a tensor of {source.shape}")
-    x, out = source.reshape(shape), target.reshape(shape)
+    x = source.reshape(shape)
+    out = x if target is None else target.reshape(shape)
+    sums = None if reduced is None else reduced.reshape(expected)
     s, z = scale.reshape(expected), zero_point.reshape(expected)
     rows = max(1, CHUNK // max(1, shape[1] * shape[2]))
     columns = max(1, CHUNK // max(1, rows * shape[2])) // repeat * repeat or repeat
@@ -344,19 +355,23 @@ def _pieces(
             scales, zeros = s[mine], z[mine]
             if block:
                 scales, zeros = (np.repeat(p, repeat, axis=1)[:, :length] for p in (scales, zeros))
-            yield x[at], out[at], scales, zeros
+            yield x[at], out[at] if sums is None else sums[mine], scales, zeros
 
 
 def _squared_error(x: Array, scale: Array, zero: Array, bounds: tuple[int, int], axis: int | None, block: int) -> Array:
     """Squared error of quantizing with the given parameters, in the shape of the scale."""
-    error = np.empty(x.shape, dtype=np.float32)
-    for part, target, s, z in _pieces(x, error, scale, zero, axis, block):
-        wide, offset = s.astype(np.float32), z.astype(np.float32)
-        q = np.rint(part.astype(np.float32) / wide) + offset
+    error = np.zeros(np.asarray(scale).shape)
+    for part, target, s, z in _pieces(x, None, scale, zero, axis, block, error):
+        values, wide, offset = part.astype(np.float32), s.astype(np.float32), z.astype(np.float32)
+        with np.errstate(over="ignore"):
+            q = np.rint(values / wide) + offset
         np.clip(q, *bounds, out=q)
-        target[...] = ((q - offset) * wide - part.astype(np.float32)) ** 2
-    if axis is None:
-        return np.asarray(error.sum(dtype=np.float64))
-    if block:
-        return np.add.reduceat(error, np.arange(0, x.shape[axis], block), axis=axis, dtype=np.float64)
-    return np.asarray(error.sum(axis=tuple(i for i in range(x.ndim) if i != axis), dtype=np.float64))
+        q -= offset
+        q *= wide
+        q -= values
+        square = np.square(q, dtype=np.float64)  # the square of a small float32 error would vanish
+        if block:
+            target += np.add.reduceat(square, np.arange(0, square.shape[1], block), axis=1)
+        else:
+            target += square.sum(axis=(0, 1, 2) if axis is None else (0, 2), keepdims=True)
+    return error
