@@ -1,0 +1,25 @@
+"""The CPU provider of ONNX Runtime, on both classes of x86: with and without VNNI.
+
+Seen in ONNX Runtime 1.32: u8 x s8 is the fast form and fuses to QLinearConv, QLinearMatMul, MatMulIntegerToFloat and
+QGemm; s8 x s8 with a Relu does not fuse and is slower than float. A convolution fuses only if its output is quantized.
+Without VNNI two neighbouring products are added in 16 bits and saturate silently, so weights stay below that.
+"""
+
+from __future__ import annotations
+
+from onnxcompress.targets.base import Target
+
+SAME_SCALE = frozenset({"MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze"})
+
+CPU = Target(
+    name="cpu",
+    activation="uint8",
+    symmetric=False,
+    weights="neighbours",
+    dynamic=True,
+    integer_rows=True,
+    output=True,
+    pass_through=SAME_SCALE,
+    joined=frozenset({"Add", "Concat", "AveragePool", "GlobalAveragePool"}),
+    bias="int32",
+)

@@ -1,0 +1,1 @@
+"""The parts that dynamic and static int8 quantization share, and those of each."""
