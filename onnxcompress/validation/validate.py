@@ -1,0 +1,212 @@
+"""Run two models on the same data and say whether the compressed one still holds."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+
+from onnxcompress.contract import Progress, Silent
+from onnxcompress.data.batch import Data
+from onnxcompress.data.preprocess import Preprocess
+from onnxcompress.data.sizes import candidate_sizes
+from onnxcompress.data.source import open_data
+from onnxcompress.data.specs import input_specs
+from onnxcompress.data.synthetic import synthetic_feeds
+from onnxcompress.errors import DataError, MetricError, ModelError
+from onnxcompress.model.load import Loadable, load, source_of
+from onnxcompress.model.sizes import saved_bytes
+from onnxcompress.runtime.providers import provider_class
+from onnxcompress.runtime.session import Session, open_session
+from onnxcompress.validation import timing
+from onnxcompress.validation.comparison import Comparison, Place
+from onnxcompress.validation.metric import BatchMetric
+from onnxcompress.validation.metrics import Whole, metric_named
+from onnxcompress.validation.pairing import check_fit, feeds_for, narrowed
+from onnxcompress.validation.result import ProviderRow, Result, Size
+from onnxcompress.validation.samples import Evaluator
+from onnxcompress.validation.verdict import Finding, Score, Verdict, judge, judge_agreement, overall, score
+
+
+def validate(
+    original: Loadable,
+    compressed: Loadable,
+    *,
+    data: Any = None,
+    labels: str | None = None,
+    metric: str | Evaluator | Callable[..., Any] | None = None,
+    output: str | None = None,
+    max_drop: float | None = None,
+    providers: Sequence[str] = ("cpu",),
+    threads: int = 1,
+    seed: int = 0,
+    limit: int | None = None,
+    progress: Progress | None = None,
+    mapping: Mapping[str, str] | None = None,
+    preprocess: Preprocess | None = None,
+    batch: int | None = None,
+    latency: bool = True,
+) -> Result:
+    """Compare `compressed` with `original` on `data`; nothing of the data is held but sums and a few numbers a sample.
+
+    `original`, `compressed`: path, bytes, ModelProto or ir.Model. `data`: what `open_data` takes, or `Data`; None makes
+    up inputs, which shows agreement only. `labels`, `mapping`, `preprocess`, `batch`, `limit`: see `open_data`.
+    `metric`: see `metric_named`; `output`: `NAME` or `NAME[COLUMN]`, else by rule (`validation.metric`).
+    `max_drop`: budget of the drop of the metric, absolute; for metrics where lower is better of the relative rise.
+    `providers`: where the compressed model is to run beside the CPU; one that took no node fails the validation.
+    `threads`: 1 gives the same bits every time. `latency`: also time both, for about two seconds.
+
+    An interrupt (Ctrl-C) ends the pass early: what was seen is reported, marked `partial`.
+
+    Raises:
+        ModelError: a model cannot be loaded or run, or their inputs and outputs differ.
+        DataError: the data does not fit the inputs.
+        MetricError: unknown metric, no labels, or outputs and labels that do not fit it; a budget without a metric.
+        OnnxCompressError: unknown provider.
+    """
+    wanted = list(dict.fromkeys(provider_class(name) for name in providers))
+    name, evaluator = metric_named(metric, output) if metric is not None else ("", None)
+    _check_question(evaluator, name, data, output, max_drop)
+    with contextlib.ExitStack() as stack:
+        first, second = _Side(original), _Side(compressed)
+        sessions = (stack.enter_context(first.open(threads)), stack.enter_context(second.open(threads)))
+        check_fit(*sessions)
+        feeder: Data
+        if isinstance(data, Data):
+            feeder = data
+        elif data is not None:
+            feeder = open_data(
+                data,
+                narrowed(input_specs(first.model), sessions[1]),
+                labels=labels,
+                mapping=mapping,
+                preprocess=preprocess,
+                batch=batch,
+                limit=limit,
+                last="fill",
+            )
+        else:
+            feeder = _made_up(first.model, sessions, seed)
+        if isinstance(evaluator, BatchMetric) and evaluator.needs_labels and not feeder.has_labels:
+            raise MetricError(f"metric {name} needs labels, but the data has none: an array `y`, or --labels KEY")
+        places = [Place(provider, lambda own, config: second.open(threads, own, config)) for provider in wanted]
+        for place in places:
+            stack.callback(place.close)
+        same = first.same_as(second)
+        size = Size(first.bytes, second.bytes, second.bytes / max(1, first.bytes))
+        first.release()
+        second.release()
+        work = Comparison(sessions, places, feeder, evaluator, limit)
+        shown = progress or Silent()
+        work.stream(shown)
+        pair = work.samples()
+        found = score(name, *pair, max_drop=max_drop, seed=seed) if pair is not None else None
+        timed = None
+        if latency and not work.partial and work.first is not None:
+            pair_of_feeds = (feeds_for(sessions[0], work.first.feeds), feeds_for(sessions[1], work.first.feeds))
+            timed = timing.measure(*sessions, pair_of_feeds, threads=threads, batch=work.first.count)
+        rows = tuple(place.row() for place in places)
+    agreement = tuple(work.agreement.results())
+    finding = overall(_findings(work, found, rows, same, data is None, bool(name)))
+    return Result(
+        verdict=finding.verdict,
+        reasons=finding.reasons,
+        score=found,
+        agreement=agreement,
+        providers=rows,
+        latency=timed,
+        size=size,
+        samples=work.seen,
+        calls=work.calls,
+        inputs="synthetic" if data is None else "data",
+        same_bytes=same,
+        partial=work.partial,
+    )
+
+
+def _check_question(
+    evaluator: Evaluator | None, name: str, data: Any, output: str | None, max_drop: float | None
+) -> None:
+    if evaluator is None:
+        if max_drop is not None:
+            raise MetricError("--max-drop is the budget of a metric: say which (--metric)")
+        if output is not None:
+            raise MetricError("--output is the output a metric reads: say which metric (--metric)")
+    elif data is None and not isinstance(evaluator, Whole):
+        needs = "data with labels" if getattr(evaluator, "needs_labels", True) else "data"
+        raise MetricError(f"metric {name} needs {needs}: give some (--data)")
+    if max_drop is not None and not (math.isfinite(max_drop) and max_drop >= 0):
+        raise MetricError(f"--max-drop: wanted a number of at least 0, got {max_drop}")
+
+
+class _Side:
+    """One of the two models: how to open it, and what its files say."""
+
+    def __init__(self, source: Loadable) -> None:
+        self.model = load(source)
+        self._given = source
+        found = source_of(self.model)
+        self._in_memory = isinstance(source, ir.Model | onnx.ModelProto) or found is None
+        self.bytes = saved_bytes(self.model) if self._in_memory or found is None else found.bytes
+        self._source = None if self._in_memory else found
+
+    def open(self, threads: int, provider: str = "cpu", config: Mapping[str, str] | None = None) -> Session:
+        given = self._given
+        if isinstance(given, str | os.PathLike | bytes):
+            return open_session(given, provider=provider, threads=threads, config=config)
+        return open_session(self.model, provider=provider, threads=threads, config=config)
+
+    def same_as(self, other: _Side) -> bool:
+        """True when both are the same bytes."""
+        if self._source is None or other._source is None:
+            return self._in_memory and self._given is other._given
+        return self.bytes == other.bytes and self._source.sha256 == other._source.sha256
+
+    def release(self) -> None:
+        """Let go of the loaded model; the sessions hold what they need."""
+        del self.model, self._given
+
+
+def _findings(
+    work: Comparison, found: Score | None, rows: Sequence[ProviderRow], same: bool, synthetic: bool, metric: bool
+) -> list[Finding]:
+    findings = [judge_agreement(work.agreement.results())]
+    for row in rows:
+        if not row.ran:
+            findings.append(Finding(Verdict.FAIL, (f"provider {row.provider} did not run: {row.reason}",)))
+        elif row.agreement:
+            findings.append(judge_agreement(row.agreement, f"provider {row.provider}"))
+    if found is not None:
+        findings.append(judge(found, same_bytes=same))
+    if work.partial:
+        missing = "; the metric was not computed" if metric and found is None else ""
+        reason = f"interrupted after {work.seen:,} samples: this result speaks of those alone{missing}"
+        findings.append(Finding(Verdict.INCONCLUSIVE, (reason,)))
+    if synthetic:
+        reason = "synthetic inputs: they show how far the outputs agree, and nothing of accuracy; give --data"
+        findings.append(Finding(Verdict.PASS, (reason,)))
+    if same:
+        findings.append(Finding(Verdict.PASS, ("both models are the same, byte for byte",)))
+    return [dataclasses.replace(finding, reasons=tuple(dict.fromkeys(finding.reasons))) for finding in findings]
+
+
+def _made_up(model: ir.Model, sessions: Sequence[Session], seed: int) -> Data:
+    """Synthetic feeds in sizes that the original accepts."""
+    refused: Exception | None = None
+    for sizes in candidate_sizes(model):
+        data = synthetic_feeds(model, seed=seed, sizes=sizes)
+        try:
+            for batch in data:
+                for session in sessions:
+                    session.run(feeds_for(session, batch.feeds))
+        except (DataError, ModelError) as error:
+            refused = refused or error
+            continue
+        return data
+    raise DataError(f"made-up inputs do not fit this model, give --data; first refusal: {refused}")
