@@ -88,7 +88,11 @@ class _Checker:
         return self.external
 
     def _opsets(self, imports: Sequence[onnx.OperatorSetIdProto], where: str) -> None:
+        seen: dict[str, int] = {}
         for entry in imports:
+            if seen.setdefault(normalized(entry.domain), entry.version) != entry.version:
+                domain = normalized(entry.domain) or "ai.onnx"
+                raise self.refuse(f"{where} imports two versions of {domain}; export it again")
             known = _SCHEMA_VERSIONS.get(normalized(entry.domain))
             if entry.version < 1 or (known is not None and entry.version > known[1]):
                 newest = (

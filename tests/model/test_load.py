@@ -174,6 +174,14 @@ def test_newer_than_onnx(folder: pathlib.Path) -> None:
     assert "IR version 99" in refused(folder, newer.SerializeToString())
 
 
+def test_two_versions_of_one_opset(folder: pathlib.Path) -> None:
+    twice = proto([dense()])
+    twice.opset_import.add(domain="ai.onnx", version=17)  # the same one, by its other name
+    assert load(twice).opset_imports == {"": 17}
+    twice.opset_import[1].version = 16
+    assert "two versions of ai.onnx" in refused(folder, twice.SerializeToString())
+
+
 def test_cycle(folder: pathlib.Path) -> None:
     node = helper.make_node
     nodes = [node("Add", ["x", "b"], ["a"]), node("MatMul", ["a", "w"], ["b"]), node("Identity", ["b"], ["y"])]
