@@ -62,6 +62,14 @@ def samples_needed(decided: Callable[[int], bool], start: int, most: int = 1_000
     return high
 
 
+def rule_of_three(n: int, alpha: float = 0.05) -> float:
+    """What share of all samples may differ, at most, when none of `n` does: about 3 / n at 95 %.
+
+    1 - alpha^(1/n) (Hanley and Lippman-Hand, JAMA 249, 1983).
+    """
+    return float(-math.expm1(math.log(alpha) / n))
+
+
 def bootstrap_bounds(
     statistic: Callable[[Floats], Floats], n: int, *, seed: int = 0, alpha: float = 0.05, resamples: int = 2000
 ) -> tuple[float, float]:

@@ -184,6 +184,8 @@ def _findings(
             findings.append(judge_agreement(row.agreement, f"provider {row.provider}"))
     if found is not None:
         findings.append(judge(found, same_bytes=same))
+    elif not metric and all(finding.verdict is Verdict.PASS for finding in findings):
+        findings.append(Finding(Verdict.PASS, ("outputs fit and are finite; no metric was asked for (--metric)",)))
     if work.partial:
         missing = "; the metric was not computed" if metric and found is None else ""
         reason = f"interrupted after {work.seen:,} samples: this result speaks of those alone{missing}"

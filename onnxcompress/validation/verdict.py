@@ -13,13 +13,14 @@ import numpy.typing as npt
 
 from onnxcompress.errors import MetricError
 from onnxcompress.validation.agreement import OutputAgreement
-from onnxcompress.validation.intervals import bootstrap_bounds, samples_needed, tango_lower, tango_upper
+from onnxcompress.validation.intervals import bootstrap_bounds, rule_of_three, samples_needed, tango_lower, tango_upper
 from onnxcompress.validation.samples import Samples
 
 Floats = npt.NDArray[np.float64]
 
 CONFIDENCE = 0.95
 _LEAST = 20  # fewer samples than this carry no bootstrap
+_FEW = 10  # so many samples must differ between the models before a bootstrap alone is believed
 
 
 class Verdict(enum.Enum):
@@ -36,8 +37,9 @@ class Score:
 
     `drop`: original - compressed; where lower is better the relative rise, (compressed - original) / original.
     `bound` and `lower`: the drop is below / above this, with one-sided 95 % confidence each; None: there is no bound.
-    `method`: tango, bootstrap, or none. `only_original`, `only_compressed`: how many samples only that model got right
-    (proportions). `samples_needed`: about how many samples would decide, if more of them look like these.
+    `method`: tango, bootstrap (with fewer than ten differing samples at least `rule_of_three`), or none.
+    `only_original`, `only_compressed`: how many samples only that model got right (proportions). `samples_needed`:
+    about how many samples would decide, if more of them look like these.
     """
 
     metric: str
@@ -212,8 +214,13 @@ def _bootstrap(original: Samples, compressed: Samples, common: dict[str, Any], s
     lower, upper = bootstrap_bounds(statistic, n, seed=seed, alpha=alpha)
     if math.isnan(upper):
         return Score(**common, bound=None, lower=None, method="none", confidence=1 - alpha)
-    needed = None
-    if budget is not None and lower <= budget < upper:
+    needed, rare = None, rule_of_three(n, alpha)
+    if upper < rare and _differing(original, compressed) < _FEW:
+        # Resampling cannot show what too few samples have: the share of samples that may yet differ bounds the drop.
+        upper = rare
+        if budget is not None and lower <= budget < upper:
+            needed = samples_needed(lambda m: rule_of_three(m, alpha) <= budget, n)
+    elif budget is not None and lower <= budget < upper:
         # The distance from the drop to its bound shrinks with the root of the number of samples.
         reach = (upper - drop) if drop <= budget else (drop - lower)
         distance = abs(budget - drop)
@@ -221,6 +228,20 @@ def _bootstrap(original: Samples, compressed: Samples, common: dict[str, Any], s
         found = math.ceil(n * (reach / distance) ** 2) if distance > 0 else None
         needed = found if found is not None and found <= 1_000_000_000 else None
     return Score(**common, bound=upper, lower=lower, method="bootstrap", confidence=1 - alpha, samples_needed=needed)
+
+
+def _differing(original: Samples, compressed: Samples) -> int:
+    """How many samples have other records in the two models."""
+    differ = np.zeros(original.n, bool)
+    for name, first in original.columns.items():
+        second = compressed.columns[name]
+        if first.shape != second.shape:
+            return original.n
+        unequal = first != second
+        if first.dtype.kind == "f" and second.dtype.kind == "f":
+            unequal &= ~(np.isnan(first) & np.isnan(second))
+        differ |= unequal.reshape(len(first), -1).any(axis=1)
+    return int(differ.sum())
 
 
 def _figures(score: Score) -> str:
