@@ -12,20 +12,20 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from onnxcompress.api import compress as compress
-    from onnxcompress.api import inspect as inspect
-    from onnxcompress.api import validate as validate
+    from onnxcompress.inspection import inspect as inspect
     from onnxcompress.model.load import load as load
     from onnxcompress.model.save import save as save
     from onnxcompress.model.weights import weights as weights
     from onnxcompress.recipe import Recipe as Recipe
+    from onnxcompress.validation.validate import validate as validate
 
 _WHERE = {
     "Recipe": "onnxcompress.recipe",
     "compress": "onnxcompress.api",
-    "inspect": "onnxcompress.api",
+    "inspect": "onnxcompress.inspection",
     "load": "onnxcompress.model.load",
     "save": "onnxcompress.model.save",
-    "validate": "onnxcompress.api",
+    "validate": "onnxcompress.validation.validate",
     "weights": "onnxcompress.model.weights",
 }
 

@@ -1,7 +1,9 @@
 """The contract between the engine and a graph pass.
 
-A pass receives an in-memory model and a `Run` (all it may use of the world) and returns a `Coverage`: what it touched, what it
-left, and why. The pipeline asserts that touched and left together are every weight there was, so a silent no-op is impossible.
+A pass receives an in-memory model and a `Run` (all it may use of the world) and returns a `Coverage`: what it touched,
+what it
+left, and why. The pipeline asserts that touched and left together are every weight there was, so a silent no-op is
+impossible.
 """
 
 from __future__ import annotations
@@ -9,9 +11,12 @@ from __future__ import annotations
 import dataclasses
 import enum
 import fnmatch
+import operator
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from onnxcompress.errors import RecipeError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,6 +43,7 @@ class Reason(enum.Enum):
     NO_STATISTICS = "no-statistics"  # never seen in calibration
     WORSE = "worse"  # every setting tried lost more than it gained
     UNTOUCHED = "untouched"  # this pass does not re-encode weights
+    FAILED = "failed"  # the pass failed and its work was undone
     BUDGET = "budget"  # the criterion selected nothing in this weight
 
 
@@ -74,6 +80,10 @@ class Coverage:
     def keys(self) -> set[str]:
         """Every weight accounted for."""
         return {t.key for t in self.touched} | {entry.key for entry in self.left}
+
+    def removed(self, before: Mapping[str, int], keys: Iterable[str], detail: str) -> None:
+        """Account for weights that a pass took out of the model. `before`: bytes by key."""
+        self.touched += [Touched(key, before[key], 0, detail=detail) for key in keys]
 
     @property
     def changed(self) -> bool:
@@ -185,7 +195,17 @@ class Pass:
 
     name: ClassVar[str]
     needs: ClassVar[Needs] = Needs()
+
     select: Select = dataclasses.field(default=Select(), metadata={"doc": "which weights to treat"})
+
+    def __post_init__(self) -> None:
+        """Refuse parameters out of bounds.
+
+        Raises:
+            RecipeError: names the pass, the parameter and its bounds.
+        """
+        for field in dataclasses.fields(self):
+            check_bounds(field, getattr(self, field.name), self.name)
 
     def apply(self, model: ir.Model, run: Run) -> Coverage:
         """Change `model` in place.
@@ -194,6 +214,29 @@ class Pass:
             PassError: the model cannot be treated; the pipeline then discards the half-changed model.
         """
         raise NotImplementedError
+
+
+_BOUNDS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
+    "ge": ("at least", operator.ge),
+    "gt": ("above", operator.gt),
+    "le": ("at most", operator.le),
+    "lt": ("below", operator.lt),
+}
+
+
+def check_bounds(field: dataclasses.Field[Any], value: Any, where: str) -> None:
+    """Refuse a parameter's value that is out of the bounds its field declares.
+
+    Raises:
+        RecipeError: names `where`, the parameter and its bounds.
+    """
+    choices = field.metadata.get("choices")
+    if choices and value not in choices:
+        raise RecipeError(f"{where}: {field.name} must be one of {', '.join(map(str, choices))}, not {value!r}")
+    for key, (words, holds) in _BOUNDS.items():
+        bound = field.metadata.get(key)
+        if bound is not None and value is not None and not holds(value, bound):
+            raise RecipeError(f"{where}: {field.name} must be {words} {bound}, not {value!r}")
 
 
 def parameter(default: Any, doc: str, **bounds: Any) -> Any:

@@ -6,6 +6,9 @@ import pathlib
 import tempfile
 
 import numpy as np
+import onnx_ir as ir
+
+from onnxcompress.model import bridge
 
 LEAST_BYTES = 1 << 20
 
@@ -18,6 +21,14 @@ def spill(array: np.ndarray, folder: pathlib.Path) -> np.ndarray:
         np.ascontiguousarray(array).tofile(file)
     mapped = np.memmap(file.name, dtype=np.uint8, mode="r")
     return np.asarray(mapped).view(array.dtype).reshape(array.shape)
+
+
+def detach(model: ir.Model) -> None:
+    """Read every spilled tensor of `model` into memory, so that the work folder may go."""
+    for slot in bridge.slots(model):
+        held = slot.tensor.raw if isinstance(slot.tensor, ir.Tensor) else None
+        if isinstance(held, np.ndarray) and _is_mapped(held):
+            slot.put(ir.Tensor(np.array(held), dtype=slot.tensor.dtype, shape=ir.Shape(held.shape), name=slot.tensor.name))
 
 
 def _is_mapped(array: np.ndarray) -> bool:

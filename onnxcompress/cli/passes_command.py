@@ -1,0 +1,52 @@
+"""`onnxcompress passes`."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import pathlib
+from typing import Any
+
+import click
+
+from onnxcompress import registry
+from onnxcompress.cli import common
+from onnxcompress.contract import Pass, Select
+from onnxcompress.recipe import built_in
+
+
+@click.command("passes")
+@common.common_options
+def command(json_file: pathlib.Path | None, quiet: bool, verbose: bool, **_: Any) -> int:
+    """Every installed pass, its parameters and defaults, and the built-in recipes."""
+    report = common.Report(json_file, quiet, verbose)
+    report.check()
+    found = [_describe(name, registry.load(name)) for name in registry.names()]
+    recipes = built_in()
+    report.write({"schema": 1, "passes": found, "recipes": recipes})
+    for entry in found:
+        report.say(f"{entry['name']}: {entry['summary']}")
+        for p in entry["parameters"]:
+            report.say(f"    {p['name']}: {p['type']} = {p['default']}    {p['doc']}{p['bounds']}")
+    report.say("recipes:")
+    for name, words in recipes.items():
+        report.say(f"    {name}: {words}")
+    return 0
+
+
+def _describe(name: str, kind: type[Pass]) -> dict[str, Any]:
+    summary = (inspect.getdoc(kind) or "").partition("\n")[0]
+    return {"name": name, "summary": summary, "parameters": [_parameter(f) for f in dataclasses.fields(kind)]}
+
+
+def _parameter(field: dataclasses.Field[Any]) -> dict[str, Any]:
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    bounds = ", ".join(f"{sign} {field.metadata[key]}" for key, sign in signs.items() if key in field.metadata)
+    default = "everything" if isinstance(field.default, Select) else field.default
+    return {
+        "name": field.name,
+        "type": str(field.type),
+        "default": default,
+        "doc": field.metadata.get("doc", ""),
+        "bounds": f" ({bounds})" if bounds else "",
+    }

@@ -1,0 +1,54 @@
+"""`onnxcompress prune`."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import click
+
+from onnxcompress import registry
+from onnxcompress.cli import common
+from onnxcompress.recipe import make_pass
+
+
+@click.command("prune")
+@click.argument("model", type=common.MODEL)
+@common.out_option
+@click.option("--sparsity", type=float, default=0.5, show_default=True, help="share of the weights to set to zero")
+@click.option(
+    "--scope",
+    type=click.Choice(["global", "layer"]),
+    default="global",
+    show_default=True,
+    help="one threshold for all weights, or one each",
+)
+@click.option(
+    "--storage",
+    type=click.Choice(["masked", "sparse"]),
+    default="masked",
+    show_default=True,
+    help="dense with zeros, or a bit mask and the values left",
+)
+@common.select_options
+@common.common_options
+def command(
+    model: pathlib.Path,
+    out: pathlib.Path,
+    sparsity: float,
+    scope: str,
+    storage: str,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    json_file: pathlib.Path | None,
+    quiet: bool,
+    verbose: bool,
+    **options: Any,
+) -> int:
+    """Set the weights of least magnitude in MODEL to zero.
+
+    The file becomes smaller with `--storage sparse`, or when it is packed; later passes and training keep the zeros.
+    """
+    given = {"sparsity": sparsity, "scope": scope, "storage": storage, "select": common.select_of(include, exclude)}
+    chosen = make_pass(registry.load("magnitude-pruning"), given, "prune")
+    return common.single_pass(model, out, chosen, common.Report(json_file, quiet, verbose), **options)

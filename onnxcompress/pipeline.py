@@ -1,0 +1,228 @@
+"""Runs a recipe's passes over a model: checks, accounts, undoes what fails, and resumes what was interrupted."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import onnx_ir as ir
+
+from onnxcompress.contract import Coverage, Feeder, Left, Pass, Progress, Reason, Run, Silent, Touched
+from onnxcompress.encodings import functions
+from onnxcompress.errors import DataError, OnnxCompressError, PassError
+from onnxcompress.model import bridge
+from onnxcompress.model.sizes import saved_bytes
+from onnxcompress.model.weights import weights
+from onnxcompress.proof import Proof, Prover
+from onnxcompress.recipe import Recipe, Step, parameters
+from onnxcompress.resume import Workplace
+
+WORTH_KEEPING = 2.0  # seconds of work from which the model after a pass is stored for --resume
+
+
+@dataclasses.dataclass
+class StepReport:
+    """What one pass did. `skipped`: why its work was undone and the model left as it was before it."""
+
+    name: str
+    parameters: dict[str, Any]
+    seconds: float
+    bytes_before: int
+    bytes_after: int
+    coverage: Coverage
+    proof: Proof | None = None
+    score: float | None = None
+    skipped: str | None = None
+    resumed: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """The step as the JSON report has it."""
+        touched = [
+            {"weight": t.key, "bytes_before": t.bytes_before, "bytes_after": t.bytes_after, "error": t.error}
+            | ({"detail": t.detail} if t.detail else {})
+            for t in self.coverage.touched
+        ]
+        left = [
+            {"weight": entry.key, "bytes": entry.bytes, "reason": entry.reason.value, "detail": entry.detail}
+            for entry in self.coverage.left
+        ]
+        return {
+            "name": self.name,
+            "parameters": self.parameters,
+            "seconds": round(self.seconds, 3),
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "touched": touched,
+            "left": left,
+            "rewrites": self.coverage.rewrites,
+            "warnings": self.coverage.warnings,
+            "cosine": self.proof.cosine if self.proof else None,
+            "top1": self.proof.top1 if self.proof else None,
+            "latency_ratio": self.proof.latency_ratio if self.proof else None,
+            "inputs": self.proof.inputs if self.proof else None,
+            "score": self.score,
+            "skipped": self.skipped,
+            "resumed": self.resumed,
+        }
+
+    @staticmethod
+    def from_json(stored: Mapping[str, Any]) -> StepReport:
+        """A step as `--resume` finds it: everything but the comparison of outputs."""
+        touched = [
+            Touched(t["weight"], t["bytes_before"], t["bytes_after"], t["error"], t.get("detail", ""))
+            for t in stored["touched"]
+        ]
+        left = [Left(x["weight"], x["bytes"], Reason(x["reason"]), x["detail"]) for x in stored["left"]]
+        return StepReport(
+            name=stored["name"],
+            parameters=stored["parameters"],
+            seconds=stored["seconds"],
+            bytes_before=stored["bytes_before"],
+            bytes_after=stored["bytes_after"],
+            coverage=Coverage(touched, left, stored["rewrites"], stored["warnings"]),
+            score=stored["score"],
+            skipped=stored["skipped"],
+            resumed=True,
+        )
+
+
+@dataclasses.dataclass
+class Outcome:
+    """The model a recipe made, and what each step did."""
+
+    model: ir.Model
+    steps: list[StepReport]
+
+    @property
+    def changed(self) -> bool:
+        """True when any pass changed anything."""
+        return any(step.coverage.changed for step in self.steps if step.skipped is None)
+
+
+@dataclasses.dataclass
+class Conditions:
+    """Everything around a recipe: see `contract.Run` for what passes get to see of it."""
+
+    target: str = "cpu"
+    seed: int = 0
+    threads: int = 1
+    prefer: str = "size"
+    feeds: Feeder | None = None
+    evaluate: Callable[[ir.Model], float] | None = None
+    progress: Progress = dataclasses.field(default_factory=Silent)
+    on_step: Callable[[StepReport], None] | None = None
+
+
+def run(
+    model: ir.Model, recipe: Recipe, conditions: Conditions, workplace: Workplace, *, resume: bool = False
+) -> Outcome:
+    """Run `recipe` over `model`, which is changed in place as far as its passes go.
+
+    After each pass the model is checked, loaded and run by ONNX Runtime beside the original; a model above 2 GB once,
+    at the end. A pass that fails, or whose result is larger than before, is undone.
+
+    Raises:
+        PassError: a pass failed and its step says `on_error: stop`; its message names the pass.
+        OnnxCompressError: the model cannot be run at all, or calibration data is missing.
+    """
+    _check_needs(recipe, conditions)
+    run_of = Run(
+        work=workplace.folder,
+        target=conditions.target,
+        seed=conditions.seed,
+        threads=conditions.threads,
+        prefer=conditions.prefer,
+        progress=conditions.progress,
+        feeds=conditions.feeds,
+        evaluate=conditions.evaluate,
+    )
+    steps: list[StepReport] = []
+    start = time.perf_counter()
+    with Prover(model, conditions.feeds, conditions.seed) as prover:
+        if resume and (found := workplace.resume(recipe)) is not None:
+            model, steps = found
+            for step in steps:
+                _tell(conditions, step)
+        for index in range(len(steps), len(recipe.steps)):
+            last = index == len(recipe.steps) - 1
+            model, report = _one(model, recipe.steps[index], run_of, prover, last)
+            steps.append(report)
+            _tell(conditions, report)
+            if not last and time.perf_counter() - start > WORTH_KEEPING:
+                workplace.keep(model, recipe, steps)
+    return Outcome(model, steps)
+
+
+def _check_needs(recipe: Recipe, conditions: Conditions) -> None:
+    for step in recipe.steps:
+        if step.run.needs.calibration and conditions.feeds is None:
+            raise DataError(f"{step.name} measures activations and needs data: --calibration DATA")
+
+
+def _tell(conditions: Conditions, step: StepReport) -> None:
+    if conditions.on_step is not None:
+        conditions.on_step(step)
+
+
+def _one(model: ir.Model, step: Step, run_of: Run, prover: Prover, last: bool) -> tuple[ir.Model, StepReport]:
+    """Run one step; returns the model to go on with (the one before it, if the step was undone) and its report."""
+    start = time.perf_counter()
+    before = {weight.key: weight.nbytes for weight in weights(model)}
+    size = saved_bytes(model)
+    backup = copy(model)
+    report = StepReport(step.name, parameters(step.run), 0.0, size, size, Coverage())
+    try:
+        report.coverage = step.run.apply(model, run_of)
+        functions.refresh(model)
+        check_coverage(step.run, before, report.coverage)
+        report.bytes_after = saved_bytes(model)
+        if report.bytes_after > size:
+            raise _Grew(f"would make the file larger ({size:,} -> {report.bytes_after:,} bytes)")
+        if report.coverage.changed and (last or not prover.large):
+            report.proof = prover.prove(model)
+            if run_of.evaluate is not None:
+                report.score = run_of.evaluate(model)
+    except _Grew as grew:
+        model = _undo(backup, report, before, size, str(grew), Reason.TOO_SMALL)
+    except OnnxCompressError as error:
+        if step.on_error == "stop":
+            raise type(error)(f"{step.name}: {error}") from error
+        model = _undo(backup, report, before, size, str(error), Reason.FAILED)
+    report.seconds = time.perf_counter() - start
+    return model, report
+
+
+class _Grew(Exception):
+    """The pass's result is larger than what it was given."""
+
+
+def _undo(
+    backup: ir.Model, report: StepReport, before: dict[str, int], size: int, why: str, reason: Reason
+) -> ir.Model:
+    report.skipped, report.bytes_after, report.proof = why, size, None
+    report.coverage = Coverage(
+        left=[Left(key, count, reason, why) for key, count in before.items()], warnings=[f"undone: {why}"]
+    )
+    return backup
+
+
+def copy(model: ir.Model) -> ir.Model:
+    """A model that can be changed without changing `model`; tensors are shared."""
+    return bridge.clone(model)
+
+
+def check_coverage(of: Pass, before: dict[str, int], coverage: Coverage) -> None:
+    """Every weight there was must be touched or left.
+
+    Raises:
+        PassError: the pass lost count of a weight, or speaks of one there was not.
+    """
+    told = coverage.keys()
+    lost = [key for key in before if key not in told]
+    if lost:
+        raise PassError(f"does not say what it did to {len(lost)} weights, {lost[0]!r} among them (a bug of the pass)")
+    unknown = sorted(told - before.keys())
+    if unknown:
+        raise PassError(f"speaks of a weight {unknown[0]!r} that the model does not have (a bug of the pass)")

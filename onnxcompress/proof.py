@@ -1,0 +1,165 @@
+"""What holds after each pass: the graph checks, ONNX Runtime loads and runs it, and how far its outputs moved."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from onnxcompress.data.sizes import candidate_sizes
+from onnxcompress.data.synthetic import synthetic_feeds
+from onnxcompress.errors import DataError, ModelError, PassError
+from onnxcompress.model import bridge
+from onnxcompress.model.limits import DEFAULT
+from onnxcompress.model.sizes import tensor_bytes
+from onnxcompress.runtime.latency import interleaved_latency
+from onnxcompress.runtime.session import Session, open_session
+from onnxcompress.validation.agreement import Agreement, OutputAgreement
+
+# A model too large for one message is run without graph optimizations, weights mapped: folding would hold it in memory.
+LARGE_CONFIG = {"session.disable_prepacking": "1"}
+LATENCY_SECONDS = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Proof:
+    """One run of a changed model beside the original, on the same feeds.
+
+    `latency_ratio`: original / changed, one thread; above 1 the changed model is faster. `inputs`: data or synthetic.
+    """
+
+    agreement: tuple[OutputAgreement, ...]
+    latency_ratio: float | None
+    inputs: str
+
+    @property
+    def cosine(self) -> float | None:
+        """The least cosine over the floating-point outputs."""
+        found = [a.cosine for a in self.agreement if a.cosine is not None]
+        return min(found) if found else None
+
+    @property
+    def top1(self) -> float | None:
+        """The least share of unchanged decisions over the outputs that are class scores."""
+        found = [a.top1 for a in self.agreement if a.top1 is not None]
+        return min(found) if found else None
+
+
+class Prover:
+    """Holds the original's session, one call's feeds and the outputs to compare with."""
+
+    def __init__(self, original: ir.Model, feeds: Iterable[Mapping[str, np.ndarray]] | None, seed: int = 0) -> None:
+        self.large = tensor_bytes(original) > DEFAULT.inline_bytes
+        self.inputs = "synthetic" if feeds is None else "data"
+        session = self._open(original)
+        self._feeds, self._reference = _first_call(session, original, feeds, seed)
+        self._finite = {name: _is_finite(value) for name, value in self._reference.items()}
+        self._session: Session | None = None if self.large else session
+        if self.large:
+            session.close()
+
+    def close(self) -> None:
+        """Release the original's session."""
+        if self._session is not None:
+            self._session.close()
+
+    def __enter__(self) -> Prover:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def prove(self, model: ir.Model) -> Proof:
+        """Check, load and run `model`.
+
+        Raises:
+            PassError: it does not check, load or run, its outputs have another shape, or are no longer finite.
+        """
+        if not self.large:
+            _check(model)
+        try:
+            with self._open(model) as session:
+                outputs = session.run(_known(session, self._feeds))
+                agreement = self._compare(outputs)
+                ratio = self._latency(session)
+        except (ModelError, DataError) as error:
+            raise PassError(f"what it made does not run: {error}") from error
+        return Proof(agreement, ratio, self.inputs)
+
+    def _open(self, model: ir.Model) -> Session:
+        return open_session(model, optimize=not self.large, config=LARGE_CONFIG if self.large else None)
+
+    def _compare(self, outputs: Mapping[str, Any]) -> tuple[OutputAgreement, ...]:
+        missing = [name for name in self._reference if name not in outputs]
+        if missing:
+            raise PassError(f"what it made has lost the output {missing[0]!r}")
+        agreement = Agreement()
+        agreement.update(self._reference, outputs, count=_rows(self._feeds))
+        results = tuple(agreement.results())
+        for result in results:
+            if result.mismatch:
+                raise PassError(
+                    f"output {result.name!r} of what it made does not fit the original's: {result.mismatch}"
+                )
+            if result.nonfinite_new and self._finite[result.name]:
+                raise PassError(
+                    f"output {result.name!r} of what it made holds {result.nonfinite_new} values that are not finite"
+                )
+        return results
+
+    def _latency(self, session: Session) -> float | None:
+        if self._session is None:
+            return None
+        start = time.perf_counter()
+        session.run(_known(session, self._feeds))
+        once = max(time.perf_counter() - start, 1e-5)
+        rounds = int(min(30, max(3, LATENCY_SECONDS / (2 * once))))
+        pair = [_known(s, self._feeds) for s in (self._session, session)]
+        return interleaved_latency([self._session, session], pair, rounds=rounds, warmup=1).ratios[1]
+
+
+def _check(model: ir.Model) -> None:
+    """The checker of onnx, without its shape inference, which cannot see through every custom domain."""
+    try:
+        onnx.checker.check_model(bridge.to_proto(model), full_check=False)
+    except onnx.checker.ValidationError as error:
+        said = " ".join(str(error).split())
+        raise PassError(f"what it made is not valid ONNX: {said[:300]}") from error
+
+
+def _first_call(
+    session: Session, model: ir.Model, feeds: Iterable[Mapping[str, np.ndarray]] | None, seed: int
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Feeds of one call the original accepts, and its outputs."""
+    if feeds is not None:
+        first = next(iter(feeds), None)
+        if first is None:
+            raise DataError("calibration data: holds no sample")
+        return dict(first), session.run(_known(session, first))
+    refused: Exception | None = None
+    for sizes in candidate_sizes(model):
+        made = next(iter(synthetic_feeds(model, seed=seed, samples=1, sizes=sizes))).feeds
+        try:
+            return dict(made), session.run(_known(session, made))
+        except (DataError, ModelError) as error:
+            refused = refused or error
+    raise DataError(f"made-up inputs do not fit this model, give --calibration DATA; first refusal: {refused}")
+
+
+def _known(session: Session, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    names = {port.name for port in session.inputs}
+    return {name: value for name, value in feeds.items() if name in names}
+
+
+def _rows(feeds: Mapping[str, np.ndarray]) -> int:
+    return next((len(value) for value in feeds.values() if np.ndim(value)), 1)
+
+
+def _is_finite(value: Any) -> bool:
+    array = np.asarray(value) if isinstance(value, np.ndarray) else None
+    return array is None or array.dtype.kind not in "fc" or bool(np.isfinite(array).all())

@@ -1,0 +1,123 @@
+"""The work folder of a run: spilled tensors while it runs, and the model after a pass, from which it can go on."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+
+from onnxcompress.errors import ModelError, SaveError
+from onnxcompress.model import provenance
+from onnxcompress.model.load import SOURCE_KEY, load
+from onnxcompress.model.save import save
+
+if TYPE_CHECKING:
+    from onnxcompress.pipeline import StepReport
+    from onnxcompress.recipe import Recipe
+
+_MODEL, _STATE = "after.onnx", "after.json"
+
+
+class Workplace:
+    """A folder `.<name of the output>.work` beside the output, or a temporary one.
+
+    It holds spilled tensors, and after a pass the model and what the passes so far reported. A kill leaves it;
+    `--resume` goes on from
+    it if parent, recipe up to there, data, seed, target and versions are the same; any other run clears it.
+    """
+
+    def __init__(self, folder: pathlib.Path, identity: Mapping[str, Any], temporary: bool = False) -> None:
+        self.folder = folder
+        self.identity = dict(identity)
+        self._temporary = temporary
+
+    @staticmethod
+    def folder_for(out: pathlib.Path) -> pathlib.Path:
+        """Where the work folder of output `out` lies."""
+        return out.parent / f".{out.name}.work"
+
+    @property
+    def resumable(self) -> bool:
+        """True when there is something to resume from."""
+        return (self.folder / _STATE).is_file()
+
+    def keep(self, model: ir.Model, recipe: Recipe, steps: list[StepReport]) -> None:
+        """Store the model after the last of `steps`, replacing what was stored before.
+
+        Raises:
+            SaveError: the folder cannot be written.
+        """
+        if self._temporary:
+            return
+        source = model.meta.get(SOURCE_KEY)
+        state = {"key": self._key(recipe, len(steps)), "steps": [step.to_json() for step in steps]}
+        try:
+            (self.folder / _STATE).unlink(missing_ok=True)  # never a state beside another state's model
+            save(model, self.folder / _MODEL, check=False)
+            fresh = self.folder / f"{_STATE}.new"
+            fresh.write_text(json.dumps(state), encoding="utf-8")
+            os.replace(fresh, self.folder / _STATE)
+        except OSError as error:
+            raise SaveError(f"{self.folder}: the work folder cannot be written: {error.strerror or error}") from error
+        finally:
+            if source is not None:
+                model.meta[SOURCE_KEY] = source
+
+    def resume(self, recipe: Recipe) -> tuple[ir.Model, list[StepReport]] | None:
+        """The stored model and reports, or None when nothing fits this run."""
+        from onnxcompress.pipeline import StepReport
+
+        try:
+            state = json.loads((self.folder / _STATE).read_text(encoding="utf-8"))
+            steps = [StepReport.from_json(step) for step in state["steps"]]
+            if state["key"] != self._key(recipe, len(steps)) or len(steps) > len(recipe.steps):
+                return None
+            return load(self.folder / _MODEL), steps
+        except (OSError, ValueError, KeyError, TypeError, ModelError):
+            return None  # an unreadable state is no state: the run starts over
+
+    def remove(self) -> None:
+        """Take the folder away."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _key(self, recipe: Recipe, count: int) -> str:
+        what = {**self.identity, "recipe": recipe.prefix_digest(count), "versions": provenance.versions()}
+        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def workplace(out: pathlib.Path | None, identity: Mapping[str, Any], *, resume: bool = False) -> Iterator[Workplace]:
+    """A `Workplace` for the duration of a `with` block; without `resume` it starts empty.
+
+    It is removed when the block ends well, or when nothing in it could be resumed.
+
+    Raises:
+        SaveError: the folder cannot be made.
+    """
+    if out is None:
+        place = Workplace(pathlib.Path(tempfile.mkdtemp(prefix="onnxcompress-")), identity, temporary=True)
+    else:
+        place = Workplace(Workplace.folder_for(out), identity)
+        if not resume:
+            place.remove()
+        try:
+            place.folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise SaveError(f"{out.parent}: cannot be written: {error.strerror or error}") from error
+        for stale in place.folder.glob("*.spill"):
+            stale.unlink(missing_ok=True)
+    try:
+        yield place
+    except BaseException:
+        if not place.resumable:
+            place.remove()
+        raise
+    place.remove()

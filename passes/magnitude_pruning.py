@@ -1,0 +1,115 @@
+"""Magnitude pruning: the weights closest to zero become zero, and are known to be so from then on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import ClassVar, Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcompress.contract import Coverage, Left, Pass, Reason, Run, Touched, parameter
+from onnxcompress.encodings import Masked, Sparse
+from onnxcompress.model.roles import WEIGHT_ROLES
+from onnxcompress.model.weights import Weight, weights
+from onnxcompress.numerics.error import relative_rms
+from onnxcompress.numerics.importance import Threshold, global_threshold, layer_mask, scale_of, threshold_mask
+
+EMPTIED = 0.95  # a layer that loses more than this share is warned about
+SPARSE_OPSET = 11  # CumSum
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MagnitudePruning(Pass):
+    """Set the given share of weights to zero (Han, Pool, Tran, Dally, 2015).
+
+    1. Only weights of convolutions, matrix products, embeddings and recurrent cells are pruned.
+    2. `scope: layer` takes the same share of every weight. `scope: global` takes the least of all of them together,
+    each divided by its
+       root mean square first (`normalize: rms`): one raw threshold empties layers whose weights are small.
+    3. Weights that are zero already count towards the share, and stay zero.
+    4. `storage: masked` keeps the dense tensor (no smaller file, but it packs well and later passes and training keep
+    the zeros);
+       `storage: sparse` stores a bit mask and the non-zero values where that is smaller (opset 11).
+    """
+
+    name: ClassVar[str] = "magnitude-pruning"
+
+    sparsity: float = parameter(0.5, "share of the weights to set to zero", ge=0.0, le=1.0)
+    scope: Literal["global", "layer"] = parameter(
+        "global", "one threshold for all, or one a weight", choices=("global", "layer")
+    )
+    normalize: Literal["rms", "std", "none"] = parameter(
+        "rms", "what each weight's magnitudes are divided by (scope global)", choices=("rms", "std", "none")
+    )
+    storage: Literal["masked", "sparse"] = parameter(
+        "masked", "dense with zeros, or a bit mask and the values left", choices=("masked", "sparse")
+    )
+
+    def apply(self, model: ir.Model, run: Run) -> Coverage:
+        coverage, chosen = Coverage(), []
+        for weight in weights(model, run.work):
+            refused = self._refuse(weight)
+            if refused is None:
+                chosen.append(weight)
+            else:
+                coverage.left.append(Left(weight.key, weight.nbytes, *refused))
+        run.progress.start(self.name, len(chosen))
+        for weight, mask in self._masks(chosen):
+            self._prune(weight, mask, coverage)
+            run.progress.step()
+        run.progress.done()
+        return coverage
+
+    def _refuse(self, weight: Weight) -> tuple[Reason, str] | None:
+        if weight.attribute is not None:
+            return Reason.ATTRIBUTE, "lives in an attribute of an ai.onnx.ml operator"
+        if not self.select.allows(weight):
+            return Reason.EXCLUDED, ""
+        if weight.encoding.kind in ("codebook", "affine"):
+            return Reason.ALREADY_ENCODED, f"is stored as {weight.encoding.kind}; prune before sharing or quantizing"
+        if weight.role not in WEIGHT_ROLES:
+            return Reason.ROLE, f"{weight.role}: is no weight of a layer"
+        if weight.value.is_graph_output():
+            return Reason.GRAPH_OUTPUT, "is itself an output"
+        if not all(
+            np.isfinite(part).all() for part in np.array_split(weight.array().reshape(-1), 1 + weight.size // (1 << 24))
+        ):
+            return Reason.NOT_FINITE, "holds NaN or Inf; mend the model or exclude it"
+        return None
+
+    def _masks(self, chosen: list[Weight]) -> Iterator[tuple[Weight, np.ndarray]]:
+        """Each weight with its mask (True: keep); weights whose share is overridden get their own threshold."""
+        overridden = {id(w): self.select.parameters(w) for w in chosen}
+        together = [w for w in chosen if self.scope == "global" and "sparsity" not in overridden[id(w)]]
+        scales = {id(w): scale_of(w.array(), self.normalize) for w in together}
+        threshold = Threshold(0.0, 0)
+        if together:
+            threshold = global_threshold(lambda: ((w.array(), scales[id(w)]) for w in together), self.sparsity)
+        for weight in chosen:
+            if id(weight) in scales:
+                mask, threshold = threshold_mask(weight.array(), threshold, scales[id(weight)])
+            else:
+                mask = layer_mask(weight.array(), float(overridden[id(weight)].get("sparsity", self.sparsity)))
+            yield weight, mask
+
+    def _prune(self, weight: Weight, mask: np.ndarray, coverage: Coverage) -> None:
+        array, before = weight.array(), weight.nbytes
+        lost = 1.0 - np.count_nonzero(mask) / mask.size
+        if mask.all():
+            coverage.left.append(Left(weight.key, before, Reason.BUDGET, "none of its elements is among the least"))
+            return
+        new: Masked | Sparse = Masked.apply(array, mask)
+        error = relative_rms(array, new.values)
+        sparse_fits = weight.model.opset_imports.get("", 1) >= SPARSE_OPSET
+        detail = f"{lost:.1%} zero"
+        if self.storage == "sparse" and sparse_fits:
+            packed = Sparse.pack(new.values)
+            new = packed if packed.nbytes + 200 < new.nbytes else new
+        elif self.storage == "sparse":
+            detail += f", stored dense: the sparse form needs opset {SPARSE_OPSET}"
+        weight.replace(new)
+        coverage.touched.append(Touched(weight.key, before, new.nbytes, error, detail))
+        if lost > EMPTIED and lost > self.sparsity + 0.02:
+            coverage.warnings.append(f"{weight.key}: loses {lost:.1%} of its elements; exclude it or use scope layer")
