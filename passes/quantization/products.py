@@ -44,7 +44,7 @@ class DynamicProducts:
         names = sum(len(value.name or "") for use in weight.uses for value in use.node.outputs)
         if encoding.nbytes + len(weight.uses) * NODE_BYTES + 10 * len(name) + 8 * names >= before:
             return "too small to gain by integer products"
-        error = error_of(matrix, quantized, axis)
+        error = error_of(matrix, encoding)
         if error > job.max_error:
             return f"relative error {error:.3f} > {job.max_error} in integers that cannot saturate"
         job.note_overridable(weight)
@@ -108,7 +108,7 @@ class DynamicProducts:
         if key not in self._activations:
             outputs = [ir.Value(name=f"{x.name}.dynamic{part}") for part in ("", "_scale", "_zero_point")]
             made = ir.Node("", "DynamicQuantizeLinear", [x], outputs=outputs, name=f"{x.name}/DynamicQuantizeLinear")
-            anchor = after(x, owner, node)
+            anchor = after(x, owner)
             assert anchor is not None
             owner.insert_before(anchor, made)
             self._activations[key] = (outputs[0], outputs[1], outputs[2])

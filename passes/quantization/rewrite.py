@@ -49,17 +49,18 @@ def drop(value: ir.Value | None) -> None:
         drop(source)
 
 
-def after(value: ir.Value, owner: ir.Graph, nodes_before: ir.Node) -> ir.Node | None:
-    """The node before which something made of `value` can be inserted in `owner`, ahead of all its uses there."""
+def after(value: ir.Value, owner: ir.Graph) -> ir.Node | None:
+    """The node of `owner` before which something made of `value` is inserted, ahead of all its uses there.
+
+    None: `value` comes out of the last node, or `owner` has none.
+    """
     node = value.producer()
-    if node is None or node.graph is not owner:
-        return owner[0] if len(owner) else None
-    follower = False
-    for candidate in owner:
-        if follower:
-            return candidate
-        follower = candidate is node
-    return nodes_before
+    nodes = iter(owner)
+    if node is not None and node.graph is owner:
+        for candidate in nodes:
+            if candidate is node:
+                break
+    return next(nodes, None)
 
 
 def as_seen(use: Use, array: np.ndarray) -> np.ndarray | None:

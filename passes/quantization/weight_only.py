@@ -8,7 +8,7 @@ from onnxcompress.contract import Left, Reason
 from onnxcompress.encodings.affine import Affine
 from onnxcompress.model.roles import WEIGHT_ROLES
 from onnxcompress.model.weights import Weight
-from onnxcompress.numerics.affine import Quantized, quantize_weight
+from onnxcompress.numerics.affine import quantize_weight
 from onnxcompress.numerics.error import relative_rms
 from onnxcompress.passes.quantization.basis import is_transform
 from onnxcompress.passes.quantization.job import Job
@@ -55,7 +55,7 @@ def folded(weight: Weight, job: Job) -> tuple[Affine, float] | Left:
         encoding = Affine(q, scale, None, axis, form="folded", out=array.dtype)
         if encoding.nbytes + overhead(weight) >= weight.nbytes:
             continue
-        error = relative_rms(array, encoding.decode())
+        error = error_of(array, encoding)
         if best is None or error < best[0]:
             best = error, encoding
     if best is None:
@@ -80,9 +80,9 @@ def overhead(weight: Weight) -> int:
     return NODE_BYTES + 8 * (len(weight.value.name or "") + 8)
 
 
-def error_of(array: np.ndarray, quantized: Quantized, axis: int | None) -> float:
-    """Relative root-mean-square error of integers for `array`."""
-    return relative_rms(array, Affine(quantized.q, quantized.scale, None, axis).decode())
+def error_of(array: np.ndarray, encoding: Affine) -> float:
+    """Relative root-mean-square error of an encoding for `array`."""
+    return relative_rms(array, encoding.decode())
 
 
 class WeightOnly:
