@@ -82,6 +82,11 @@ class Agreement:
             output = self._outputs.setdefault(name, _Output(name))
             output.update(flatten(value), flatten(compressed[name]), start, count, (valid or {}).get(name))
 
+    @property
+    def misfit(self) -> bool:
+        """True when an output of some call could not be compared."""
+        return any(output.mismatched for output in self._outputs.values())
+
     def results(self) -> list[OutputAgreement]:
         """One entry an output, in the model's order."""
         return [output.result() for output in self._outputs.values()]

@@ -94,11 +94,11 @@ class Comparison:
         ]
         valid = {name: positions.of(name, batch) for name in self._names} if batch.valid is not None else None
         where: dict[str, Any] = {"start": batch.start, "count": batch.count, "valid": valid}
-        if isinstance(self._evaluator, BatchMetric):
+        self.agreement.update(pair[0], pair[1], **where)
+        if isinstance(self._evaluator, BatchMetric) and not self.agreement.misfit:
             scored = [self._evaluator.columns(outputs, batch) for outputs in pair]
             for records, columns in zip(self._records, scored, strict=True):
                 records.add(columns)
-        self.agreement.update(pair[0], pair[1], **where)
         for place in self._places:
             outputs = place.run(batch.feeds, self._names)
             if outputs is not None:
@@ -108,8 +108,8 @@ class Comparison:
         self.calls += 1
 
     def samples(self) -> tuple[Samples, Samples] | None:
-        """The records of both models; None without a metric, or when it was interrupted before there were any."""
-        if self._evaluator is None:
+        """The records of both models; None without a metric, when outputs do not fit, or when interrupted too early."""
+        if self._evaluator is None or self.agreement.misfit:
             return None
         if isinstance(self._evaluator, BatchMetric):
             if not self.seen:

@@ -13,7 +13,7 @@ import onnx
 import onnx_ir as ir
 
 from onnxcompress.contract import Progress, Silent
-from onnxcompress.data.batch import Data
+from onnxcompress.data.batch import Batch, Data
 from onnxcompress.data.preprocess import Preprocess
 from onnxcompress.data.sizes import candidate_sizes
 from onnxcompress.data.source import open_data
@@ -29,7 +29,7 @@ from onnxcompress.validation.comparison import Comparison, Place
 from onnxcompress.validation.metric import BatchMetric
 from onnxcompress.validation.metrics import Whole, metric_named
 from onnxcompress.validation.pairing import check_fit, feeds_for, narrowed
-from onnxcompress.validation.result import ProviderRow, Result, Size
+from onnxcompress.validation.result import ProviderRow, Result, Size, Timing
 from onnxcompress.validation.samples import Evaluator
 from onnxcompress.validation.verdict import Finding, Score, Verdict, judge, judge_agreement, overall, score
 
@@ -80,19 +80,12 @@ def validate(
         feeder: Data
         if isinstance(data, Data):
             feeder = data
-        elif data is not None:
-            feeder = open_data(
-                data,
-                narrowed(input_specs(first.model), sessions[1]),
-                labels=labels,
-                mapping=mapping,
-                preprocess=preprocess,
-                batch=batch,
-                limit=limit,
-                last="fill",
-            )
-        else:
+        elif data is None:
             feeder = _made_up(first.model, sessions, seed)
+        else:
+            specs = narrowed(input_specs(first.model), sessions[1])
+            settings: dict[str, Any] = {"labels": labels, "mapping": mapping, "preprocess": preprocess}
+            feeder = open_data(data, specs, **settings, batch=batch, limit=limit, last="fill")
         if isinstance(evaluator, BatchMetric) and evaluator.needs_labels and not feeder.has_labels:
             raise MetricError(f"metric {name} needs labels, but the data has none: an array `y`, or --labels KEY")
         places = [Place(provider, lambda own, config: second.open(threads, own, config)) for provider in wanted]
@@ -107,10 +100,7 @@ def validate(
         work.stream(shown)
         pair = work.samples()
         found = score(name, *pair, max_drop=max_drop, seed=seed) if pair is not None else None
-        timed = None
-        if latency and not work.partial and work.first is not None:
-            pair_of_feeds = (feeds_for(sessions[0], work.first.feeds), feeds_for(sessions[1], work.first.feeds))
-            timed = timing.measure(*sessions, pair_of_feeds, threads=threads, batch=work.first.count)
+        timed = _timed(sessions, work.first, threads) if latency and not work.partial else None
         rows = tuple(place.row() for place in places)
     agreement = tuple(work.agreement.results())
     finding = overall(_findings(work, found, rows, same, data is None, bool(name)))
@@ -128,6 +118,16 @@ def validate(
         same_bytes=same,
         partial=work.partial,
     )
+
+
+def _timed(sessions: tuple[Session, Session], batch: Batch | None, threads: int) -> Timing | None:
+    if batch is None:
+        return None
+    feeds = (feeds_for(sessions[0], batch.feeds), feeds_for(sessions[1], batch.feeds))
+    try:
+        return timing.measure(*sessions, feeds, threads=threads, batch=batch.count)
+    except KeyboardInterrupt:
+        return None  # the comparison is whole without it
 
 
 def _check_question(
@@ -187,9 +187,10 @@ def _findings(
     elif not metric and all(finding.verdict is Verdict.PASS for finding in findings):
         findings.append(Finding(Verdict.PASS, ("outputs fit and are finite; no metric was asked for (--metric)",)))
     if work.partial:
-        missing = "; the metric was not computed" if metric and found is None else ""
-        reason = f"interrupted after {work.seen:,} samples: this result speaks of those alone{missing}"
+        reason = f"interrupted after {work.seen:,} samples: this result speaks of those alone"
         findings.append(Finding(Verdict.INCONCLUSIVE, (reason,)))
+    if metric and found is None:
+        findings.append(Finding(Verdict.INCONCLUSIVE, ("the metric was not computed",)))
     if synthetic:
         reason = "synthetic inputs: they show how far the outputs agree, and nothing of accuracy; give --data"
         findings.append(Finding(Verdict.PASS, (reason,)))
