@@ -116,6 +116,16 @@ def test_error_is_near_the_optimum_on_nasty_data(name: str, k: int, monkeypatch:
     assert found.error <= BOUND * optimum(values, k) + rounding
 
 
+def test_near_rivals_among_few_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(partition, "EXACT_WORK", 0)
+    rng = np.random.default_rng(5)
+    for trial in range(60):
+        shape = [rng.standard_normal, lambda n: rng.standard_t(2, n), lambda n: rng.laplace(size=n)][trial % 3]
+        values = shape(400).astype(np.float32)
+        k = [2, 3, 4, 8][trial % 4]
+        assert kmeans1d(values, k).error <= BOUND * optimum(values, k), (trial, k)
+
+
 @pytest.mark.parametrize("k", [2, 5, 16])
 @pytest.mark.parametrize("name", list(NASTY))
 def test_pinned_zero_is_near_its_own_optimum(name: str, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,4 +299,5 @@ def test_long_rows_of_different_kinds(pinned: bool) -> None:
     found = kmeans_rows(values, 16, pinned_zero=pinned)
     for row, name in enumerate(NASTY):
         rounding = slack(values[row])
-        assert found.errors[row] <= BOUND * optimum(values[row], 16, pinned=pinned) + rounding, name
+        # rows among many get narrower windows
+        assert found.errors[row] <= 1.005 * optimum(values[row], 16, pinned=pinned) + rounding, name
