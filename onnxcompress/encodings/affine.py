@@ -6,9 +6,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from onnxcompress.encodings import functions
 from onnxcompress.encodings.base import Encoding, Tape
 
 Form = Literal["dequantize-linear", "folded", "integer"]
@@ -38,12 +40,44 @@ class Affine(Encoding):
     out: np.dtype[Any] | None = None
 
     def __post_init__(self) -> None:
-        """One scale for all is per tensor, however it was written."""
+        """One scale for all is per tensor, however it was written.
+
+        Raises:
+            ValueError: scale or zero point do not fit the integers, or the folded form is asked for blocks.
+        """
+        object.__setattr__(self, "scale", np.asarray(self.scale))  # numpy gives scalars for some 0-d arrays
+        if self.zero_point is not None:
+            object.__setattr__(self, "zero_point", np.asarray(self.zero_point))
+        if self.block is not None and self.form == "folded":
+            raise ValueError("the folded form has no blocks; use the dequantize-linear form")
+        if self.axis is not None:
+            object.__setattr__(self, "axis", self.axis % self.q.ndim)
+        if self.form == "folded" and self.scale.dtype != np.float32:
+            object.__setattr__(self, "out", self.dtype)
+            object.__setattr__(self, "scale", self.scale.astype(np.float32))  # the function computes in float32
+        if self.form == "folded" and self.zero_point is None:
+            object.__setattr__(self, "zero_point", np.zeros((), self.q.dtype))  # it always takes one
         if self.block is None and self.scale.size == 1:
             object.__setattr__(self, "axis", None)
             object.__setattr__(self, "scale", self.scale.reshape(()))
             if self.zero_point is not None:
                 object.__setattr__(self, "zero_point", self.zero_point.reshape(()))
+        elif self.zero_point is not None and self.zero_point.size == 1 and self.form == "folded":
+            object.__setattr__(self, "zero_point", self.zero_point.reshape(()))
+        elif self.zero_point is not None and self.zero_point.shape != self.scale.shape:
+            object.__setattr__(self, "zero_point", np.broadcast_to(self.zero_point, self.scale.shape).copy())
+        if self.scale.shape != self._scale_shape() or self.dtype.name not in OUT:
+            raise ValueError(
+                f"{self.q.dtype}{list(self.q.shape)} with a scale {list(self.scale.shape)}, axis {self.axis}, block "
+                f"{self.block}, as {self.dtype}: give a scalar, one an index of the axis, or one a block"
+            )
+
+    def _scale_shape(self) -> tuple[int, ...]:
+        if self.axis is None:
+            return ()
+        if self.block is None:
+            return (self.q.shape[self.axis],)
+        return tuple(-(-d // self.block) if i == self.axis else d for i, d in enumerate(self.q.shape))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -55,28 +89,33 @@ class Affine(Encoding):
 
     @property
     def nbytes(self) -> int:
-        bits = {"int4": 4, "uint4": 4, "int2": 2, "uint2": 2}.get(self.q.dtype.name, 8 * self.q.itemsize)
-        zero = 0 if self.zero_point is None else -(-self.zero_point.size * bits // 8)
-        return -(-self.q.size * bits // 8) + self.scale.nbytes + zero
+        bits = bits_of(self.q.dtype)
+        zero = 0 if self.zero_point is None else self.zero_point.size
+        return -(-self.q.size * bits // 8) + self.scale.nbytes + -(-zero * bits // 8)
 
     @property
     def least_opset(self) -> int:
+        name = self.q.dtype.name
+        of_type = 19 if name.startswith("float8") else _OPSET_OF_TYPE.get(name, 21)
         if self.form == "folded":
-            return 7
-        if (
-            self.block is not None
-            or self.q.dtype.itemsize * 8 != 8
-            or self.q.dtype.name not in ("int8", "uint8", "int32")
-        ):
-            return 21
+            of_type = 7 if name in ("int8", "uint8", "int16", "uint16", "int32") else of_type
+            return max(of_type, 13) if self.dtype.name == "bfloat16" else of_type
+        if self.dtype != self.scale.dtype:
+            return 23
+        if self.block is not None:
+            return max(21, of_type)
         if self.scale.dtype != np.float32:
-            return 19
-        return 10 if self.axis is None else 13
+            return max(19, of_type)
+        return of_type if self.axis is None else max(13, of_type)
+
+    def structure(self) -> tuple[Any, ...]:
+        return (self.axis, self.block, self.form)
 
     def _spread(self, values: np.ndarray) -> np.ndarray:
         """scale or zero point, broadcastable against q."""
-        if self.axis is None or (values.ndim == self.q.ndim and self.block is None):
+        if not values.ndim:
             return values
+        assert self.axis is not None
         if self.block is not None:
             index = [slice(None)] * self.q.ndim
             index[self.axis] = slice(self.q.shape[self.axis])
@@ -87,26 +126,32 @@ class Affine(Encoding):
 
     def decode(self) -> np.ndarray:
         scale = self._spread(self.scale).astype(np.float32)
-        zero = np.float32(0) if self.zero_point is None else self._spread(self.zero_point).astype(np.float32)
-        return ((self.q.astype(np.float32) - zero) * scale).astype(self.dtype, copy=False)
+        zero: Any = np.float32(0) if self.zero_point is None else self._spread(self.zero_point).astype(np.float32)
+        decoded: np.ndarray = ((self.q.astype(np.float32) - zero) * scale).astype(self.dtype, copy=False)
+        return decoded
 
     def emit(self, tape: Tape, name: str) -> ir.Value:
-        q = tape.constant(ir.tensor(self.q, name=f"{name}.q") if self.q.dtype.name in _PACKED else self.q, f"{name}.q")
+        if self.form == "integer":
+            raise ValueError(f"{name}: the integer form is written by the pass that rewrites the consumer")
+        q = tape.constant(self.q, f"{name}.q")
         zero = self.zero_point
         if self.form == "folded":
-            scale = self._spread(self.scale).astype(np.float32)
-            zero = np.zeros((), self.q.dtype) if zero is None else self._spread(zero)
-            function = "DequantizeHalf" if self.dtype == np.float16 else "Dequantize"
-            parts = [q, tape.constant(scale, f"{name}.scale"), tape.constant(zero, f"{name}.zero_point")]
-            return tape.call(function, parts, name)
-        if self.form != "dequantize-linear":
-            raise ValueError(f"{name}: the {self.form} form is written by the pass that rewrites the consumer")
+            assert zero is not None
+            suffix = next(k for k, v in functions.DEQUANTIZE.items() if v == ir.DataType.from_numpy(self.dtype))
+            scale = tape.constant(self._spread(self.scale), f"{name}.scale")
+            parts = [q, scale, tape.constant(self._spread(zero), f"{name}.zero_point")]
+            return tape.call(f"Dequantize{suffix}", parts, name)
         inputs = [q, tape.constant(self.scale, f"{name}.scale")]
         if zero is not None:
             inputs.append(tape.constant(zero, f"{name}.zero_point"))
         attributes = {} if self.axis is None else {"axis": self.axis}
         if self.block is not None:
             attributes["block_size"] = self.block
+        if self.dtype != self.scale.dtype:
+            attributes["output_dtype"] = int(ir.DataType.from_numpy(self.dtype))
+        least_ir = _IR_OF_TYPE.get(self.q.dtype.name, 0)
+        if tape.model.ir_version < least_ir:
+            functions.lift_ir_version(tape.model, least_ir)
         return tape.op("DequantizeLinear", inputs, name, attributes)
 
     def parameters(self) -> dict[str, np.ndarray]:
@@ -119,18 +164,31 @@ class Affine(Encoding):
     def updated(self, parameters: Mapping[str, np.ndarray]) -> Affine:
         scale = parameters.get("scale", self.scale).astype(self.scale.dtype)
         fresh = dataclasses.replace(self, scale=scale)
-        zero = 0.0 if self.zero_point is None else fresh._spread(self.zero_point).astype(np.float32)
-        levels = np.rint(parameters["w"] / fresh._spread(scale).astype(np.float32)) + zero
-        low, high = _limits(self.q.dtype)
+        step = fresh._spread(scale).astype(np.float32)
+        zero: Any = np.float32(0) if self.zero_point is None else self._spread(self.zero_point).astype(np.float32)
+        w = parameters["w"].astype(np.float32)
+        # A channel with scale 0 holds nothing but 0.
+        levels = np.rint(np.divide(w, step, out=np.zeros_like(w), where=step != 0)) + zero
+        low, high = limits(self.q.dtype)
         return dataclasses.replace(fresh, q=np.clip(levels, low, high).astype(self.q.dtype))
 
 
-_PACKED = ("int4", "uint4", "int2", "uint2")
+OUT = ("float32", "float16", "bfloat16", "float64")
+_OPSET_OF_TYPE = {"int8": 10, "uint8": 10, "int32": 10, "int2": 25, "uint2": 25, "float4_e2m1fn": 23}
+_IR_OF_TYPE = {"int4": 10, "uint4": 10, "int2": 13, "uint2": 13}
 
 
-def _limits(dtype: np.dtype[Any]) -> tuple[int, int]:
-    if dtype.name in _PACKED:
+def bits_of(dtype: np.dtype[Any]) -> int:
+    """Bits a file stores for one element."""
+    return ir.DataType.from_numpy(dtype).bitwidth
+
+
+def limits(dtype: np.dtype[Any]) -> tuple[float, float]:
+    """The least and the greatest value of an integer or float8 type."""
+    if dtype.name in ("int4", "uint4", "int2", "uint2"):
         bits, signed = int(dtype.name[-1]), not dtype.name.startswith("u")
         return (-(1 << bits - 1), (1 << bits - 1) - 1) if signed else (0, (1 << bits) - 1)
-    info = np.iinfo(dtype)
-    return int(info.min), int(info.max)
+    if dtype.kind not in "iu":
+        info = ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
+        return float(info.min), float(info.max)
+    return int(np.iinfo(dtype).min), int(np.iinfo(dtype).max)

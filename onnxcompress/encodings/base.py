@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -10,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcompress.encodings import functions
+from onnxcompress.model.spill import spill
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -20,24 +22,55 @@ class Tape:
 
     In a graph constants become initializers; a function body has none, so there they become Constant nodes.
     `place` inserts all nodes, in order, before `anchor` (None: at the start).
+    `root`: the main graph or the function that `owner` lies in. `taken`: names in use around `owner`, kept up to date;
+    a part that would clash gets a number. `work`: a folder where large constants wait as memory maps.
     """
 
-    def __init__(self, model: ir.Model, owner: ir.Graph | ir.Function) -> None:
+    def __init__(
+        self,
+        model: ir.Model,
+        owner: ir.Graph | ir.Function,
+        root: ir.Graph | ir.Function | None = None,
+        taken: set[str] | None = None,
+        work: pathlib.Path | None = None,
+    ) -> None:
         self.model = model
         self.owner = owner
-        self.opset = model.opset_imports.get("", 1)
+        self.root = root if root is not None else owner
+        self.opset = opset_of(model, self.root)
+        self._taken = taken if taken is not None else set()
+        self._work = work
         self._nodes: list[ir.Node] = []
         self._initializers: list[ir.Value] = []
 
     def constant(self, array: np.ndarray | ir.TensorProtocol, name: str) -> ir.Value:
         """A constant with this name. `array` may be a memory map; it is not copied."""
-        tensor = ir.tensor(array, name=name) if isinstance(array, np.ndarray) else array
+        name = self._fresh(name)
+        tensor = self.tensor(array, name)
         if isinstance(self.owner, ir.Function):
-            return self.op("Constant", [], name, {"value": tensor})
+            return self._node("Constant", [], name, {"value": tensor}, "")
         shape, kind = ir.Shape(tensor.shape.numpy()), ir.TensorType(tensor.dtype)
         value = ir.Value(name=name, shape=shape, type=kind, const_value=tensor)
         self._initializers.append(value)
         return value
+
+    def tensor(self, array: np.ndarray | ir.TensorProtocol, name: str) -> ir.TensorProtocol:
+        """`array` as a tensor called `name`, which is the name a file gives an initializer."""
+        if isinstance(array, np.ndarray):
+            return ir.tensor(array if self._work is None else spill(array, self._work), name=name)
+        if array.name == name:
+            return array
+        if isinstance(array, ir.ExternalTensor):  # a second reference to the same bytes
+            return ir.ExternalTensor(
+                array.location,
+                array.offset,
+                array.length,
+                array.dtype,
+                shape=ir.Shape(array.shape.numpy()),
+                name=name,
+                base_dir=array.base_dir,
+            )
+        return ir.LazyTensor(lambda: array, dtype=array.dtype, shape=ir.Shape(array.shape.numpy()), name=name)
 
     def op(
         self,
@@ -48,18 +81,18 @@ class Tape:
         domain: str = "",
     ) -> ir.Value:
         """One node with one output called `name`."""
-        attrs = ir.convenience.convert_attributes(dict(attributes or {}))
-        output = ir.Value(name=name)
-        self._nodes.append(ir.Node(domain, op_type, inputs, attributes=attrs, outputs=[output], name=""))
-        return output
+        return self._node(op_type, inputs, self._fresh(name), attributes, domain)
 
     def call(self, function: str, inputs: Sequence[ir.Value], name: str) -> ir.Value:
         """A call of one of the local functions in `functions.py`, added to the model when it is not there yet."""
-        functions.require(self.model, self.owner, function)
+        functions.require(self.model, self.root, function)
         return self.op(function, inputs, name, domain=functions.DOMAIN)
 
     def place(self, anchor: ir.Node | None = None) -> None:
         """Insert everything recorded into the owner, before `anchor`, or before its first node."""
+        if self._initializers and self.model.ir_version < 4:
+            # Below IR 4 each would have to be an input of the model too.
+            functions.lift_ir_version(self.model)
         for value in self._initializers:
             assert isinstance(self.owner, ir.Graph)
             self.owner.register_initializer(value)
@@ -69,6 +102,34 @@ class Tape:
             self.owner.extend(self._nodes)
         else:
             self.owner.insert_before(anchor, self._nodes)
+
+    def _node(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        name: str,
+        attributes: Mapping[str, Any] | None,
+        domain: str,
+    ) -> ir.Value:
+        attrs = ir.convenience.convert_attributes(dict(attributes or {}))
+        output = ir.Value(name=name)
+        self._nodes.append(ir.Node(domain, op_type, inputs, attributes=attrs, outputs=[output], name=""))
+        return output
+
+    def _fresh(self, name: str) -> str:
+        """`name`, numbered when it is taken."""
+        chosen, number = name, 1
+        while chosen in self._taken:
+            number += 1
+            chosen = f"{name}_{number}"
+        self._taken.add(chosen)
+        return chosen
+
+
+def opset_of(model: ir.Model, root: ir.Graph | ir.Function) -> int:
+    """The default-domain opset in which nodes of the main graph or of a function are read."""
+    imports = root.opset_imports if isinstance(root, ir.Function) else model.opset_imports
+    return imports.get("", model.opset_imports.get("", 1))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -121,9 +182,14 @@ class Encoding:
         """The encoding with new parameters, projected back onto its structure (zeros stay zero, codes stay fixed)."""
         raise NotImplementedError
 
+    def structure(self) -> tuple[Any, ...]:
+        """What else than arrays makes two encodings of one kind differ (axis, block, form)."""
+        return ()
+
     def same(self, other: Encoding) -> bool:
         """True when both are the same encoding with bit-equal content."""
-        if self.kind != other.kind or self.shape != other.shape or self.dtype != other.dtype:
+        mine_is = (self.kind, self.shape, self.dtype, self.structure())
+        if mine_is != (other.kind, other.shape, other.dtype, other.structure()):
             return False
         mine, theirs = {**self.parameters(), **self.buffers()}, {**other.parameters(), **other.buffers()}
         return mine.keys() == theirs.keys() and all(_equal_bits(mine[k], theirs[k]) for k in mine)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -33,7 +33,20 @@ class Codebook(Encoding):
     def __post_init__(self) -> None:
         """One codebook for all is per tensor. Fill the table up to a power of two, as far as whole bytes of codes can
         address it (never above 4 bits).
+
+        Raises:
+            ValueError: codes are no uint8, or the table is empty, too long or not what `axis` asks for.
         """
+        channels = () if self.axis is None else (self.codes.shape[self.axis],)
+        if self.codes.dtype != np.uint8 or self.table.shape[:-1] != channels or not 1 <= self.table.shape[-1] <= 256:
+            raise ValueError(
+                f"codes {self.codes.dtype}{list(self.codes.shape)} with a table {list(self.table.shape)} and axis "
+                f"{self.axis}: give uint8 codes and 1 to 256 entries, for each index of the axis if there is one"
+            )
+        if self.axis is not None:
+            object.__setattr__(self, "axis", self.axis % self.codes.ndim)
+        if self.out is not None and self.out not in (self.table.dtype, np.float32):
+            object.__setattr__(self, "table", self.table.astype(self.out))  # the only cast at run time is to float32
         if self.axis is not None and len(self.table) == 1:
             object.__setattr__(self, "axis", None)
             object.__setattr__(self, "table", self.table[0])
@@ -58,7 +71,7 @@ class Codebook(Encoding):
 
     @property
     def nbytes(self) -> int:
-        return -(-self.codes.size * self.bits // 8) + self.table.nbytes + 8 * self.codes.ndim + 2 * self._channels
+        return _stored(self.codes.size, self.bits, self._channels, self.table.nbytes, self.codes.ndim)
 
     @property
     def _channels(self) -> int:
@@ -66,13 +79,19 @@ class Codebook(Encoding):
 
     @property
     def least_opset(self) -> int:
+        if self.table.dtype.name == "bfloat16":
+            return 13
         return 9 if self._channels else 7
+
+    def structure(self) -> tuple[Any, ...]:
+        return (self.axis,)
 
     @staticmethod
     def size(count: int, channels: int | None, k: int, itemsize: int, rank: int) -> int:
         """Bytes such an encoding would store, before it is made."""
         bits = next(b for b in CODE_BITS if k <= 1 << b)
-        return -(-count * bits // 8) + (channels or 1) * k * itemsize + 8 * rank + 2 * (channels or 0)
+        entries = k if bits == 8 else 1 << bits
+        return _stored(count, bits, channels or 0, (channels or 1) * entries * itemsize, rank)
 
     def decode(self) -> np.ndarray:
         if self.axis is None:
@@ -84,37 +103,38 @@ class Codebook(Encoding):
         return np.ascontiguousarray(found.astype(self.dtype, copy=False))
 
     def emit(self, tape: Tape, name: str) -> ir.Value:
-        bits, count = self.bits, self.codes.size
-        padded = bool(count * bits % 8)
-        if padded and tape.opset < 10:  # no Slice with inputs there
-            bits, padded = 8, False
-        channels = self.axis is not None
+        bits = self.bits if self.codes.size >= 8 // self.bits else 8  # not one whole byte
+        packed, tail = pack(self.codes, bits)
         inputs = [
-            tape.constant(pack(self.codes, bits), f"{name}.codes"),
+            tape.constant(packed, f"{name}.codes"),
             tape.constant(self.table, f"{name}.codebook"),
             tape.constant(np.array(self.shape, np.int64), f"{name}.shape"),
         ]
         if self.axis is not None:
             along = [1] * self.codes.ndim
             along[self.axis] = -1
-            number = np.arange(len(self.table), dtype=np.uint16 if len(self.table) <= 1 << 16 else np.int32)
+            number = np.arange(len(self.table), dtype=np.uint16 if _channel_bytes(len(self.table)) == 2 else np.int32)
             inputs.append(tape.constant(number.reshape(along), f"{name}.channel"))
-        to_float = self.table.dtype != self.dtype
-        function = functions.depalettize(bits, channels=channels, padded=padded, to_float=to_float)
+        if tail.size:
+            inputs.append(tape.constant(tail, f"{name}.tail"))
+        function = functions.depalettize(
+            bits,
+            channels=self.axis is not None,
+            tail=bool(tail.size),
+            to_float=self.table.dtype != self.dtype,
+        )
         return tape.call(function, inputs, name)
 
     @staticmethod
-    def recognize(function: str, parts: Mapping[str, np.ndarray]) -> Codebook:
+    def recognize(function: str, inputs: Sequence[np.ndarray]) -> Codebook:
         """From the name and inputs of a `Depalettize...` call."""
-        match = functions._DEPALETTIZE.match(function)
-        assert match is not None
-        shape = tuple(int(d) for d in parts["shape"])
-        codes = unpack(parts["codes"], int(match["bits"]), shape)
-        axis = None
-        if match["channels"]:
-            axis = next(i for i, d in enumerate(parts["channel"].shape) if d != 1)
-        out = np.dtype(np.float32) if match["float"] else parts["codebook"].dtype
-        return Codebook(codes, parts["codebook"], axis, out)
+        call = functions.parse_depalettize(function)
+        rest = list(inputs[3:])
+        channel = rest.pop(0) if call.channels else None
+        tail = rest.pop(0) if call.tail else np.zeros(0, np.uint8)
+        codes = unpack(inputs[0], tail, call.bits, tuple(int(d) for d in inputs[2]))
+        axis = None if channel is None else next(i for i, d in enumerate(channel.shape) if d != 1)
+        return Codebook(codes, inputs[1], axis, np.dtype(np.float32) if call.to_float else inputs[1].dtype)
 
     def parameters(self) -> dict[str, np.ndarray]:
         return {"codebook": self.table}
@@ -127,24 +147,35 @@ class Codebook(Encoding):
         return dataclasses.replace(self, table=np.where(self.table == 0, np.zeros((), table.dtype), table))
 
 
-def pack(codes: np.ndarray, bits: int) -> np.ndarray:
-    """uint8 codes to bytes, lowest bits first; the last byte is filled up with code 0."""
+def pack(codes: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 codes as (whole bytes with the lowest bits first, the up to 7 codes that are left, a byte each).
+
+    A tail needs no cut at run time, which the oldest opsets cannot express for any length.
+    """
     flat = np.ascontiguousarray(codes).reshape(-1)
-    if bits == 8:
-        return flat
     per = 8 // bits
-    if flat.size % per:
-        flat = np.concatenate([flat, np.zeros(-flat.size % per, np.uint8)])
-    columns = flat.reshape(-1, per)
+    whole = flat.size - flat.size % per
+    if per == 1:
+        return flat, flat[:0]
+    columns = flat[:whole].reshape(-1, per)
     packed = columns[:, 0].copy()
     for i in range(1, per):
         packed |= columns[:, i] << np.uint8(i * bits)
-    return packed
+    return packed, flat[whole:]
 
 
-def unpack(packed: np.ndarray, bits: int, shape: tuple[int, ...]) -> np.ndarray:
+def unpack(packed: np.ndarray, tail: np.ndarray, bits: int, shape: tuple[int, ...]) -> np.ndarray:
     """Inverse of `pack`."""
     if bits == 8:
         return np.asarray(packed).reshape(shape)
-    count = int(np.prod(shape, dtype=np.int64))
-    return np.ascontiguousarray(functions.unpack_table(bits)[packed].reshape(-1)[:count].reshape(shape))
+    whole = functions.unpack_table(bits)[packed].reshape(-1)
+    return np.ascontiguousarray((np.concatenate([whole, tail]) if tail.size else whole).reshape(shape))
+
+
+def _stored(count: int, bits: int, channels: int, table_bytes: int, rank: int) -> int:
+    per = 8 // bits
+    return count // per + count % per + table_bytes + 8 * rank + _channel_bytes(channels) * channels
+
+
+def _channel_bytes(channels: int) -> int:
+    return 2 if channels <= 1 << 16 else 4

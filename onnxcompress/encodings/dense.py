@@ -41,19 +41,21 @@ class Dense(Encoding):
         return {"w": self.decode()}
 
     def updated(self, parameters: Mapping[str, np.ndarray]) -> Dense:
-        return Dense(parameters["w"])
+        return Dense(parameters["w"].astype(self.dtype, copy=False))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Masked(Encoding):
     """A dense tensor whose zeros are structure: training never fills them.
 
-    The mask needs no storage: it is read off the exact zeros (see `recognize`).
+    The mask needs no storage: it is read off the exact zeros. Where they are too few to tell (`recognizes`), or the
+    weight is none of a layer, the tensor's metadata says so (`KEY`).
     """
 
     kind: ClassVar[str] = "masked"
     values: np.ndarray
     LEAST_ZEROS: ClassVar[float] = 0.01
+    KEY: ClassVar[str] = "onnxcompress.masked"
 
     @staticmethod
     def apply(array: np.ndarray, mask: np.ndarray) -> Masked:
@@ -98,4 +100,4 @@ class Masked(Encoding):
         return {"mask": self.mask}
 
     def updated(self, parameters: Mapping[str, np.ndarray]) -> Masked:
-        return Masked.apply(parameters["w"], self.mask)
+        return Masked.apply(parameters["w"].astype(self.dtype, copy=False), self.mask)

@@ -1,17 +1,16 @@
 """The local functions in which encodings run: one readable node a weight, expanded and folded by ONNX Runtime at load.
 
-All of them use operators that exist since opset 9 (without channels: 7) in one form, but for the tail cut of an odd
-element count (Slice with inputs,
-opset 10) and the running count of `ExpandSparse` (CumSum, opset 11). A code byte is expanded by a table lookup: 256
-rows of 8/bits codes,
-which loads faster in ONNX Runtime 1.32 than casting packed 4-bit integers, and needs no lift of the model's opset.
+All of them use operators that exist since opset 7 (with channels: 9) in one form, but for the cut and the running count
+of `ExpandSparse` (Slice with inputs, opset 10; CumSum, opset 11). A code byte is expanded by a table lookup: 256 rows
+of 8/bits codes, which loads faster in ONNX Runtime 1.32 than casting packed 4-bit integers, and needs no lift of the
+model's opset.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -19,16 +18,56 @@ import onnx_ir as ir
 DOMAIN = "onnxcompress"
 LEAST_IR_VERSION = 8  # model-local functions
 
-_DEPALETTIZE = re.compile(r"Depalettize(?P<bits>[1248])(?P<channels>Channels)?(?P<padded>Padded)?(?P<float>Float)?$")
+_DEPALETTIZE = re.compile(r"Depalettize(?P<bits>[1248])(?P<channels>Channels)?(?P<tail>Tail)?(?P<float>Float)?$")
 
 
-def depalettize(bits: int, *, channels: bool, padded: bool, to_float: bool) -> str:
+# Dequantize functions: suffix of the name -> element type of the weight.
+DEQUANTIZE = {
+    "": ir.DataType.FLOAT,
+    "Half": ir.DataType.FLOAT16,
+    "BFloat": ir.DataType.BFLOAT16,
+    "Double": ir.DataType.DOUBLE,
+}
+EXPAND_SPARSE = "ExpandSparse"
+
+
+class Depalettize(NamedTuple):
+    """What the name of a `Depalettize...` function says; see `depalettize`."""
+
+    bits: int
+    channels: bool
+    tail: bool
+    to_float: bool
+
+
+def depalettize(bits: int, *, channels: bool, tail: bool, to_float: bool) -> str:
     """Name of the function that turns packed codes and a codebook into a weight.
 
-    `channels`: an own codebook per index of one axis. `padded`: the last byte holds unused codes.
-    `to_float`: the codebook is stored as float16, the weight is float32.
+    `channels`: an own codebook per index of one axis. `tail`: the codes that fill no whole byte come apart.
+    `to_float`: the codebook is stored as float16 (or bfloat16), the weight is float32.
     """
-    return f"Depalettize{bits}" + "Channels" * channels + "Padded" * padded + "Float" * to_float
+    return f"Depalettize{bits}" + "Channels" * channels + "Tail" * tail + "Float" * to_float
+
+
+def parse_depalettize(name: str) -> Depalettize:
+    """Inverse of `depalettize`.
+
+    Raises:
+        ValueError: `name` is no such function's.
+    """
+    match = _DEPALETTIZE.match(name)
+    if match is None:
+        raise ValueError(f"{name} is no function of this package")
+    return Depalettize(int(match["bits"]), bool(match["channels"]), bool(match["tail"]), bool(match["float"]))
+
+
+def inputs_of(name: str) -> int | None:
+    """How many inputs the encoding function `name` has; None for any other name."""
+    if _DEPALETTIZE.match(name):
+        call = parse_depalettize(name)
+        return 3 + call.channels + call.tail
+    dequantize = name.startswith("Dequantize") and name.removeprefix("Dequantize") in DEQUANTIZE
+    return 3 if name == EXPAND_SPARSE or dequantize else None
 
 
 def unpack_table(bits: int) -> np.ndarray:
@@ -83,11 +122,11 @@ def refresh(model: ir.Model) -> None:
 
 def build(name: str, opset: int) -> ir.Function:
     """The function `name` in terms of standard operators of `opset`."""
-    if match := _DEPALETTIZE.match(name):
-        return _depalettize(
-            name, opset, int(match["bits"]), bool(match["channels"]), bool(match["padded"]), bool(match["float"])
-        )
-    return {"Dequantize": _dequantize, "DequantizeHalf": _dequantize, "ExpandSparse": _expand_sparse}[name](name, opset)
+    if name == EXPAND_SPARSE:
+        return _expand_sparse(name, opset)
+    if name.startswith("Dequantize"):
+        return _dequantize(name, opset)
+    return _depalettize(name, opset, parse_depalettize(name))
 
 
 class _Body:
@@ -131,16 +170,16 @@ def _cut(body: _Body, flat: ir.Value, shape: ir.Value) -> ir.Value:
     return body.op("Slice", flat, body.constant(_int64(0)), body.op("ReduceProd", shape, keepdims=1))
 
 
-def _depalettize(name: str, opset: int, bits: int, channels: bool, padded: bool, to_float: bool) -> ir.Function:
-    body = _Body(["codes", "codebook", "shape", *(["channel"] if channels else [])])
+def _depalettize(name: str, opset: int, call: Depalettize) -> ir.Function:
+    names = ["codes", "codebook", "shape", *(["channel"] if call.channels else []), *(["tail"] if call.tail else [])]
+    body = _Body(names)
     codes, codebook, shape = (body.inputs[n] for n in ("codes", "codebook", "shape"))
     at = body.op("Cast", codes, to=ir.DataType.INT32)
-    table = body.table(bits, opset) if bits < 8 else None
-    if channels:
+    tail = body.op("Cast", body.inputs["tail"], to=ir.DataType.INT32) if call.tail else None
+    table = body.table(call.bits, opset) if call.bits < 8 else None
+    if call.channels:
         index = at if table is None else body.op("Gather", table, at, axis=0)
-        if padded:
-            index = _cut(body, body.op("Reshape", index, body.constant(_int64(-1))), shape)
-        index = body.op("Reshape", index, shape)
+        index = body.op("Reshape", _joined(body, index, tail), shape)
         # `channel` numbers the indices of the channel axis and is 1 long on all others. It is stored: ONNX Runtime
         # 1.32 does not fold NonZero.
         width = body.op(
@@ -152,26 +191,32 @@ def _depalettize(name: str, opset: int, bits: int, channels: bool, padded: bool,
     else:
         rows = codebook if table is None else body.op("Gather", codebook, table, axis=0)
         out = body.op("Gather", rows, at, axis=0)
-        if padded:
-            out = _cut(body, body.op("Reshape", out, body.constant(_int64(-1))), shape)
-        out = body.op("Reshape", out, shape)
-    if to_float:
+        rest = None if tail is None else body.op("Gather", codebook, tail, axis=0)
+        out = body.op("Reshape", _joined(body, out, rest), shape)
+    if call.to_float:
         out = body.op("Cast", out, to=ir.DataType.FLOAT)
     return body.function(name, opset, out)
 
 
+def _joined(body: _Body, rows: ir.Value, tail: ir.Value | None) -> ir.Value:
+    """[bytes, codes a byte] and [up to 7] as one row; `rows` itself when there is no tail."""
+    if tail is None:
+        return rows
+    # Flatten, as a Reshape to -1 would need an int64 Constant, which opsets 7 and 8 do not have.
+    return body.op("Concat", body.op("Flatten", rows, axis=0), body.op("Flatten", tail, axis=0), axis=1)
+
+
 def _dequantize(name: str, opset: int) -> ir.Function:
-    """(q - zero_point) * scale in float32, then to float16 where the name says so; unlike DequantizeLinear it folds at
-    load.
-    """
+    """(q - zero_point) * scale in float32, then to the type in the name; unlike DequantizeLinear it folds at load."""
     body = _Body(["q", "scale", "zero_point"])
     q, scale, zero_point = body.inputs.values()
     centred = body.op(
         "Sub", body.op("Cast", q, to=ir.DataType.FLOAT), body.op("Cast", zero_point, to=ir.DataType.FLOAT)
     )
     out = body.op("Mul", centred, scale)
-    if name.endswith("Half"):
-        out = body.op("Cast", out, to=ir.DataType.FLOAT16)
+    to = DEQUANTIZE[name.removeprefix("Dequantize")]
+    if to != ir.DataType.FLOAT:
+        out = body.op("Cast", out, to=to)
     return body.function(name, opset, out)
 
 

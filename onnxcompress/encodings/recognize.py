@@ -5,6 +5,7 @@ takes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -15,10 +16,45 @@ from onnxcompress.encodings.base import Encoding
 from onnxcompress.encodings.codebook import Codebook
 from onnxcompress.encodings.dense import Dense, Masked
 from onnxcompress.encodings.sparse import Sparse
+from onnxcompress.errors import ModelError
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
-INTEGER_DOT = {"MatMulInteger": (1, 3), "ConvInteger": (1, 3), "QLinearMatMul": (3, 5), "QLinearConv": (3, 5)}
 QUANTIZED_SUFFIXES = (".q", "_quantized", ".int8")
+
+
+class Operand(NamedTuple):
+    """An input where an operator takes a weight as integers, and where it takes their scale and zero point."""
+
+    at: int
+    scale: int | None = None
+    zero_point: int | None = None
+
+
+OPERANDS = {
+    "MatMulInteger": (Operand(1, None, 3), Operand(0, None, 2)),
+    "ConvInteger": (Operand(1, None, 3),),
+    "QLinearMatMul": (Operand(3, 4, 5), Operand(0, 1, 2)),
+    "QLinearConv": (Operand(3, 4, 5),),
+    "QGemm": (Operand(3, 4, 5),),
+    "DynamicQuantizeMatMul": (Operand(1, 2, 3),),
+    "MatMulIntegerToFloat": (Operand(1, 3, 5),),
+    "DynamicQuantizeLSTM": (Operand(1, 8, 9), Operand(2, 10, 11)),
+    "QAttention": (Operand(1, 4, 7),),
+    "QEmbedLayerNormalization": (Operand(2, 8, 13), Operand(3, 9, 14), Operand(4, 10, 15)),
+    "MatMulNBits": (Operand(1, 2, 3),),
+    "GatherBlockQuantized": (Operand(0, 2, 3),),
+}
+# Scales of what is no weight.
+_ACTIVATION_SCALES = {
+    "QuantizeLinear": (1,),
+    "DequantizeLinear": (1,),
+    "QLinearConv": (1, 6),
+    "QLinearMatMul": (1, 6),
+    "QGemm": (1, 7),
+    "MatMulIntegerToFloat": (2,),
+    "QAttention": (3,),
+    "QEmbedLayerNormalization": (11, 12),
+}
 
 
 def constant(value: ir.Value | None) -> ir.TensorProtocol | None:
@@ -48,109 +84,151 @@ def constant_tensor(node: ir.Node) -> ir.TensorProtocol | None:
 
 def parts(node: ir.Node) -> list[ir.Value] | None:
     """The constants from which `node` makes a weight, or None when it is not the last node of an encoded weight."""
+    values = [v for v in node.inputs if v is not None]
     if node.domain == functions.DOMAIN:
-        values = [v for v in node.inputs if v is not None]
-        return values if all(constant(v) is not None for v in values) else None
-    if node.op_type == "DequantizeLinear" and node.domain in ("", "com.microsoft"):
-        values = [v for v in node.inputs if v is not None]
-        tensors = [constant(v) for v in values]
-        if all(t is not None for t in tensors) and tensors[0] is not None and tensors[0].size > 1:
-            # A bias stored as int32 is a weight too; an activation's DequantizeLinear has a computed first input.
-            return values
-    return None
+        if len(values) != functions.inputs_of(node.op_type):
+            return None
+    elif node.op_type != "DequantizeLinear" or node.domain not in ("", "com.microsoft"):
+        return None
+    tensors = [constant(v) for v in values]
+    if len(values) < 2 or any(t is None for t in tensors):
+        return None
+    # A bias stored as int32 is a weight too; an activation's DequantizeLinear has a computed first input.
+    return values if tensors[0] is not None and (tensors[0].size > 1 or node.domain == functions.DOMAIN) else None
+
+
+def only_part(value: ir.Value) -> bool:
+    """True for a constant that serves encoded weights and nothing else."""
+    uses = value.uses()
+    return bool(uses) and not value.is_graph_output() and all(parts(use.node) is not None for use in uses)
+
+
+def shape(node: ir.Node) -> tuple[int, ...]:
+    """Shape of the weight that `node` (see `parts`) expands, without expanding it."""
+    stored = constant(node.inputs[2] if _shape_is_input(node) else node.inputs[0])
+    assert stored is not None
+    return tuple(int(d) for d in stored.numpy()) if _shape_is_input(node) else tuple(stored.shape.numpy())
+
+
+def _shape_is_input(node: ir.Node) -> bool:
+    return node.domain == functions.DOMAIN and not node.op_type.startswith("Dequantize")
 
 
 def encoded(node: ir.Node) -> Encoding:
-    """The encoding that `node` (see `parts`) expands."""
-    tensors = [constant(v) for v in node.inputs]
-    arrays = [None if t is None else t.numpy() for t in tensors]
-    present = [a for a in arrays if a is not None]
-    if node.domain == functions.DOMAIN:
-        if node.op_type == "ExpandSparse":
-            return Sparse.recognize(dict(zip(("mask", "values", "shape"), present, strict=False)))
-        if node.op_type.startswith("Depalettize"):
-            named = dict(zip(("codes", "codebook", "shape", "channel"), present, strict=False))
-            return Codebook.recognize(node.op_type, named)
-        out = np.dtype(np.float16 if node.op_type == "DequantizeHalf" else np.float32)
-        scale, zero, axis = _along(present[1], present[2])
-        return Affine(present[0], scale, zero, axis, form="folded", out=out)
-    return _dequantize_linear(node, *present)
+    """The encoding that `node` (see `parts`) expands.
+
+    Raises:
+        ModelError: its constants do not fit together.
+    """
+    arrays = [t.numpy() for t in map(constant, node.inputs) if t is not None]
+    try:
+        if node.domain != functions.DOMAIN:
+            return _dequantize_linear(node, *arrays)
+        if node.op_type == functions.EXPAND_SPARSE:
+            return Sparse.recognize(arrays)
+        if node.op_type.startswith("Dequantize"):
+            return _dequantize(node.op_type, *arrays)
+        return Codebook.recognize(node.op_type, arrays)
+    except (ValueError, IndexError, TypeError, StopIteration) as error:
+        raise ModelError(
+            f"{node.outputs[0].name}: is no valid {node.op_type} of constants ({error}); export the model again"
+        ) from error
+
+
+def _dequantize(name: str, q: np.ndarray, scale: np.ndarray, zero: np.ndarray) -> Affine:
+    out = functions.DEQUANTIZE[name.removeprefix("Dequantize")].numpy()
+    if scale.size == 1:
+        return Affine(q, scale.reshape(()), zero.reshape(()), None, form="folded", out=out)
+    (axis,) = (i for i, d in enumerate(scale.shape) if d != 1)
+    return Affine(q, scale.reshape(-1), zero.reshape(-1), axis - scale.ndim + q.ndim, form="folded", out=out)
 
 
 def _dequantize_linear(node: ir.Node, q: np.ndarray, scale: np.ndarray, zero_point: np.ndarray | None = None) -> Affine:
-    axis_attribute = node.attributes.get("axis")
-    block_attribute = node.attributes.get("block_size")
-    block = block_attribute.as_int() if block_attribute is not None else 0
-    axis: int | None = axis_attribute.as_int() if axis_attribute is not None else 1
-    if scale.ndim == 0 or (scale.ndim == 1 and scale.size == 1 and q.ndim != 1 and axis_attribute is None):
-        axis = None
-    elif axis is not None and axis < 0:
-        axis += q.ndim
-    return Affine(q, scale, zero_point, axis, block or None, out=scale.dtype)
+    def integer(name: str, default: int) -> int:
+        attribute = node.attributes.get(name)
+        return default if attribute is None else attribute.as_int()
+
+    block, to = integer("block_size", 0), integer("output_dtype", 0)
+    axis = None if scale.size == 1 and not block else integer("axis", 1)
+    return Affine(q, scale, zero_point, axis, block or None, out=ir.DataType(to).numpy() if to else scale.dtype)
 
 
-def _along(scale: np.ndarray, zero: np.ndarray) -> tuple[np.ndarray, np.ndarray, int | None]:
-    """A broadcastable scale and zero point as (scalar or 1-D, ..., axis)."""
-    if scale.size == 1:
-        return scale.reshape(()), zero.reshape(()), None
-    axis = next(i for i, d in enumerate(scale.shape) if d != 1)
-    return scale.reshape(-1), np.broadcast_to(zero, scale.shape).reshape(-1).astype(zero.dtype), axis
+def integers(value: ir.Value) -> Affine | None:
+    """The affine encoding of an integer constant that its consumer takes as integers, or None.
 
-
-def integers(value: ir.Value) -> Encoding | None:
-    """The affine encoding of an integer constant that its consumer takes as integers, or None."""
+    Where the file computes their scale or lays them out in a way of its own, they decode to themselves.
+    """
     tensor = constant(value)
-    if tensor is None or tensor.dtype not in (ir.DataType.INT8, ir.DataType.UINT8) or value.name is None:
+    if tensor is None or tensor.dtype in FLOATS or tensor.dtype.bitwidth > 8 or value.name is None or tensor.size < 2:
         return None
     for use in value.uses():
-        if use.node.op_type in INTEGER_DOT and use.idx == INTEGER_DOT[use.node.op_type][0]:
-            return _integer_operand(value, tensor.numpy(), use.node)
+        operand = next((o for o in OPERANDS.get(use.node.op_type, ()) if o.at == use.idx), None)
+        if operand is not None:
+            return _operand(value, tensor.numpy(), use.node, operand)
         if use.node.op_type == "Gather" and use.idx == 0 and value.name.endswith(QUANTIZED_SUFFIXES):
-            return _integer_operand(value, tensor.numpy(), use.node)
+            return _operand(value, tensor.numpy(), use.node, Operand(0)) if _scale_named(value) is not None else None
     return None
 
 
-def _integer_operand(value: ir.Value, q: np.ndarray, node: ir.Node) -> Affine | None:
-    scale, zero = scale_of(value, node)
-    if scale is None:
-        return None
+def _operand(value: ir.Value, q: np.ndarray, node: ir.Node, operand: Operand) -> Affine:
+    scale = _scale_named(value) if operand.scale is None else _array(node, operand.scale)
+    zero = _array(node, operand.zero_point)
+    unscaled = Affine(q, np.ones((), np.float32), None, form="integer")
+    known = node.op_type not in ("MatMulNBits", "GatherBlockQuantized") and q.dtype.kind in "iu"
+    if scale is None or not known or (scale.size > 1 and scale.size != max(scale.shape)):
+        return unscaled
     axis: int | None = None
     if scale.size > 1:
         candidates = [i for i, d in enumerate(q.shape) if d == scale.size]
-        preferred = {"MatMulInteger": q.ndim - 1, "QLinearMatMul": q.ndim - 1}.get(node.op_type, 0)
+        last = node.op_type not in ("QLinearConv", "ConvInteger", "Gather")
+        preferred = q.ndim - 1 if last else 0
         if not candidates:
-            return None
+            return unscaled
         axis = preferred if preferred in candidates else candidates[0]
     scale = scale.reshape(-1) if axis is not None else scale.reshape(())
     if zero is not None:
-        zero = np.broadcast_to(zero.reshape(-1) if axis is not None else zero.reshape(()), scale.shape)
+        if zero.size not in (1, scale.size):
+            return unscaled
+        zero = np.broadcast_to(zero.reshape(-1 if axis is not None else ()), scale.shape)
     return Affine(q, scale, zero, axis, form="integer", out=scale.dtype)
 
 
-def scale_of(value: ir.Value, node: ir.Node) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Scale and zero point of integers: from the consumer's inputs, else from the constants named after them."""
-    if node.op_type in ("QLinearMatMul", "QLinearConv"):
-        scale, zero = constant(node.inputs[4]), constant(node.inputs[5])
-    else:
-        graph, stem = value.graph, stem_of(value.name or "")
-        found = [graph.initializers.get(stem + s) for s in (".scale", "_scale")] if isinstance(graph, ir.Graph) else []
-        scale = next((constant(v) for v in found if v is not None), None)
-        at = INTEGER_DOT.get(node.op_type, (0, 99))[1]
-        zero = constant(node.inputs[at]) if at < len(node.inputs) else None
-    return (None if scale is None else scale.numpy()), (None if zero is None else zero.numpy())
+def _array(node: ir.Node, index: int | None) -> np.ndarray | None:
+    tensor = constant(node.inputs[index]) if index is not None and index < len(node.inputs) else None
+    return None if tensor is None else tensor.numpy()
+
+
+def _scale_named(value: ir.Value) -> np.ndarray | None:
+    """The scale of integers whose consumer does not take it, by its name beside theirs."""
+    graph, stem = value.graph, stem_of(value.name or "")
+    found = [graph.initializers.get(stem + s) for s in (".scale", "_scale")] if isinstance(graph, ir.Graph) else []
+    tensor = next((constant(v) for v in found if v is not None), None)
+    return None if tensor is None else tensor.numpy()
+
+
+def is_scale(value: ir.Value) -> bool:
+    """True for the scale of an activation's or a weight's quantization, and nothing else."""
+    uses = value.uses()
+    return bool(uses) and all(
+        use.idx in _ACTIVATION_SCALES.get(use.node.op_type, ())
+        or any(use.idx in (o.scale, o.zero_point) for o in OPERANDS.get(use.node.op_type, ()))
+        for use in uses
+    )
 
 
 def stem_of(name: str) -> str:
     """The original weight's name of an integer constant called `<name>.q` or `<name>_quantized`."""
     for suffix in QUANTIZED_SUFFIXES:
-        if name.endswith(suffix):
+        if name.endswith(suffix) and name != suffix:
             return name[: -len(suffix)]
     return name
 
 
-def plain(tensor: ir.TensorProtocol) -> Encoding:
-    """Dense, or Masked where a weight carries its pruning in its zeros."""
-    if tensor.dtype in FLOATS and len(tensor.shape) >= 2:
+def plain(tensor: ir.TensorProtocol, layer: bool) -> Encoding:
+    """Dense, or Masked where a weight of a layer carries its pruning in its zeros, or its metadata says so."""
+    if Masked.KEY in tensor.metadata_props:
+        return Masked(tensor.numpy())
+    if layer and tensor.dtype in FLOATS and len(tensor.shape) >= 2:
         array = tensor.numpy()
         if Masked.recognizes(array):
             return Masked(array)

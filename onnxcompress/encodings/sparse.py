@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -25,6 +25,23 @@ class Sparse(Encoding):
     mask: np.ndarray
     values: np.ndarray
     dims: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        """Check the lengths.
+
+        Raises:
+            ValueError: mask and values do not fit the shape.
+        """
+        count = int(np.prod(self.dims, dtype=np.int64))
+        if (
+            self.mask.dtype != np.uint8
+            or self.mask.shape != (-(-count // 8),)
+            or not 1 <= len(self.values) <= count + 1
+        ):
+            raise ValueError(
+                f"a mask {self.mask.dtype}{list(self.mask.shape)} with {len(self.values)} values for shape "
+                f"{list(self.dims)}: give one bit an element, a 0 and the kept values"
+            )
 
     @staticmethod
     def pack(array: np.ndarray) -> Sparse:
@@ -69,9 +86,10 @@ class Sparse(Encoding):
         return tape.call("ExpandSparse", parts, name)
 
     @staticmethod
-    def recognize(parts: Mapping[str, np.ndarray]) -> Sparse:
+    def recognize(inputs: Sequence[np.ndarray]) -> Sparse:
         """From the inputs of an `ExpandSparse` call."""
-        return Sparse(parts["mask"], parts["values"], tuple(int(d) for d in parts["shape"]))
+        mask, values, shape = inputs
+        return Sparse(mask, values, tuple(int(d) for d in shape))
 
     def parameters(self) -> dict[str, np.ndarray]:
         return {"values": self.values[1:]}

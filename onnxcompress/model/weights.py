@@ -8,8 +8,8 @@ ai.onnx.ml operator.
 
 from __future__ import annotations
 
-import dataclasses
 import pathlib
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,36 +17,48 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcompress.encodings import functions, recognize
-from onnxcompress.encodings.base import Encoding, Tape
+from onnxcompress.encodings.base import Encoding, Tape, opset_of
+from onnxcompress.encodings.codebook import Codebook
 from onnxcompress.encodings.dense import Dense, Masked
 from onnxcompress.errors import PassError
 from onnxcompress.model.roles import WEIGHT_ROLES, Role, Tracer, Use, subgraphs
-from onnxcompress.model.spill import spill
 
 _ROLE_ORDER: tuple[Role, ...] = (*WEIGHT_ROLES, "other", "norm", "bias")
+_CONSTANT_OF_ANY_TYPE = 9  # opset from which a Constant node holds other types than floats
+
+Scope = ir.Graph | ir.Function
 
 
 class Weight:
-    """One weight of a model. Tied uses of one constant share one weight."""
+    """One weight of a model. Tied uses of one constant share one weight.
+
+    `owner`: the graph or function body it lies in; `root`: the main graph or function around that.
+    """
 
     def __init__(
         self,
         model: ir.Model,
         key: str,
         value: ir.Value,
-        owner: ir.Graph | ir.Function,
+        owner: Scope,
         uses: tuple[Use, ...],
         work: pathlib.Path | None = None,
         attribute: tuple[ir.Node, str] | None = None,
+        root: Scope | None = None,
+        names: dict[int, set[str]] | None = None,
     ) -> None:
         self.model = model
         self.key = key
         self.value = value
         self.owner = owner
+        self.root = root if root is not None else owner
         self.uses = uses
         self.attribute = attribute
         self._work = work
-        self._encoding: Encoding | None = None
+        self._names = names if names is not None else {}
+        self._held: Encoding | None = None
+        self._seen: weakref.ref[Codebook] | None = None
+        self._facts: tuple[tuple[int, ...], np.dtype[Any], int] | None = None
 
     def __repr__(self) -> str:
         return f"Weight({self.key!r}, {self.encoding.kind}, {self.dtype}{list(self.shape)}, {self.role})"
@@ -60,19 +72,31 @@ class Weight:
     @property
     def encoding(self) -> Encoding:
         """How the weight is stored, read from the graph as it stands."""
-        if self._encoding is None:
-            self._encoding = self._recognize()
-        return self._encoding
+        found = self._held or (self._seen() if self._seen is not None else None)
+        if found is None:
+            found = self._recognize()
+            self._facts = (found.shape, found.dtype, found.nbytes)
+            if isinstance(found, Codebook):
+                self._seen = weakref.ref(found)  # unpacked, it is larger than what the model holds
+            else:
+                self._held = found
+        return found
+
+    def _known(self) -> tuple[tuple[int, ...], np.dtype[Any], int]:
+        if self._facts is None:
+            found = self.encoding
+            self._facts = (found.shape, found.dtype, found.nbytes)
+        return self._facts
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the decoded weight."""
-        return self.encoding.shape
+        return self._known()[0]
 
     @property
     def dtype(self) -> np.dtype[Any]:
         """Element type of the decoded weight."""
-        return self.encoding.dtype
+        return self._known()[1]
 
     @property
     def size(self) -> int:
@@ -82,7 +106,7 @@ class Weight:
     @property
     def nbytes(self) -> int:
         """Bytes the model stores for it."""
-        return self.encoding.nbytes
+        return self._known()[2]
 
     @property
     def overridable(self) -> bool:
@@ -101,6 +125,8 @@ class Weight:
     def replace(self, new: Encoding) -> None:
         """Store the weight in another encoding; consumers and the weight's name stay.
 
+        A caller can no longer override an initializer that this turns into more than a tensor (see `overridable`).
+
         Raises:
             PassError: it lives in an attribute, its consumer takes integers, or the opset is too old for `new`.
         """
@@ -108,63 +134,75 @@ class Weight:
             raise PassError(f"{self.key}: lives in an attribute of a node and cannot be re-encoded")
         if getattr(self.encoding, "form", None) == "integer":
             raise PassError(f"{self.key}: its consumer takes integers; rewrite the consumer")
-        opset = self.model.opset_imports.get("", 1)
-        if new.least_opset > opset:
-            raise PassError(f"{self.key}: a {new.kind} encoding needs opset {new.least_opset}, the model has {opset}")
-        new = self._spilled(new)
+        if getattr(new, "form", None) == "integer":
+            raise PassError(f"{self.key}: integers for its consumer are written by the pass that rewrites the consumer")
+        opset, least = opset_of(self.model, self.root), new.least_opset
+        if isinstance(self.owner, ir.Function) and not isinstance(new, Dense | Masked):
+            least = max(least, _CONSTANT_OF_ANY_TYPE)
+        if least > opset:
+            raise PassError(f"{self.key}: a {new.kind} encoding needs opset {least}, the model has {opset} there")
         if not (isinstance(new, Dense | Masked) and self._store_in_place(new)):
             self._emit(new)
-        self._encoding = None
+        self._held = self._seen = self._facts = None
 
-    def _spilled(self, new: Encoding) -> Encoding:
-        """`new` with its large arrays as memory maps of files in the work folder."""
-        if self._work is None:
-            return new
-        fields = {f.name: getattr(new, f.name) for f in dataclasses.fields(new)}
-        arrays = {k: spill(v, self._work) for k, v in fields.items() if isinstance(v, np.ndarray)}
-        return dataclasses.replace(new, **arrays)
+    def _tape(self) -> Tape:
+        if id(self.owner) not in self._names:
+            self._names[id(self.owner)] = _names_around(_graph(self.root), _graph(self.owner), False) or set()
+        return Tape(self.model, self.owner, self.root, self._names[id(self.owner)], self._work)
 
     def _store_in_place(self, new: Dense | Masked) -> bool:
-        """Swap the tensor of an initializer or Constant node."""
-        tensor = Tape(self.model, self.owner).constant(new.decode(), self.value.name or "").const_value
+        """Swap the tensor of an initializer or Constant node; False where the weight is neither."""
         node = self.value.producer()
-        if isinstance(new, Dense) and not isinstance(new.tensor, np.ndarray):
-            tensor = new.tensor
-        if tensor is None:
-            tensor = ir.tensor(new.decode(), name=self.value.name)
+        if node is not None and recognize.constant_tensor(node) is None:
+            return False
+        tensor = self._tensor(new, self._tape())
         if node is None:
             self.value.const_value = tensor
-            return True
-        if node.op_type == "Constant" and node.domain in ("", "ai.onnx"):
+        else:
             for name in [n for n in node.attributes if n.startswith("value")]:
                 del node.attributes[name]
             node.attributes["value"] = ir.AttrTensor("value", tensor)
-            return True
-        return False
+        if node is None or self.value.shape is not None:
+            self.value.shape, self.value.type = ir.Shape(new.shape), ir.TensorType(tensor.dtype)
+        return True
+
+    def _tensor(self, new: Dense | Masked, tape: Tape) -> ir.TensorProtocol:
+        tensor = tape.tensor(new.tensor if isinstance(new, Dense) else new.values, self.value.name or "")
+        tensor.metadata_props.pop(Masked.KEY, None)
+        if isinstance(new, Masked) and recognize.plain(tensor, self.role in WEIGHT_ROLES).kind != Masked.kind:
+            tensor.metadata_props[Masked.KEY] = "1"
+        return tensor
 
     def _emit(self, new: Encoding) -> None:
         old, owner, name = self.value, self.owner, self.value.name or ""
-        node = old.producer()
-        tape = Tape(self.model, owner)
-        stale = list(node.inputs) if node is not None else []
+        node, tape = old.producer(), self._tape()
+        names = self._names[id(owner)]
         if node is None:
             assert isinstance(owner, ir.Graph)
             if old.is_graph_input():
                 owner.inputs.remove(old)
             owner.initializers.pop(name, None)
-        old.name = f"{name}.replaced"
-        if node is not None:
-            for value in stale:
-                if value is not None and value.is_initializer() and isinstance(owner, ir.Graph):
-                    owner.initializers.pop(value.name or "", None)
-        fresh = new.emit(tape, name)
+        parts = _own_parts(node)
+        for part in parts:
+            if part.is_initializer() and isinstance(part.graph, ir.Graph):
+                part.graph.initializers.pop(part.name or "", None)
+            names.discard(part.name or "")
+        names.discard(name)
+        if isinstance(new, Dense | Masked):
+            fresh = tape.constant(self._tensor(new, tape), name)
+        else:
+            fresh = new.emit(tape, name)
         fresh.shape, fresh.type = ir.Shape(new.shape), ir.TensorType(ir.DataType.from_numpy(new.dtype))
         fresh.metadata_props.update(old.metadata_props)
         tape.place(node)
         old.replace_all_uses_with(fresh, replace_graph_outputs=True)
         self.value = fresh
         if node is not None:
-            _remove(owner, node)
+            owner.remove(node, safe=True)
+        for part in parts:
+            producer = part.producer()
+            if producer is not None and producer.graph is not None:
+                producer.graph.remove(producer, safe=True)
 
     def _recognize(self) -> Encoding:
         if self.attribute is not None:
@@ -175,7 +213,7 @@ class Weight:
             )
             return Dense(array)
         end = self.value.producer()
-        if end is not None and not (end.op_type == "Constant" and end.domain in ("", "ai.onnx")):
+        if end is not None and recognize.parts(end) is not None:
             return recognize.encoded(end)
         found = recognize.integers(self.value)
         if found is not None:
@@ -183,17 +221,17 @@ class Weight:
         tensor = recognize.constant(self.value)
         if tensor is None:
             raise PassError(f"{self.key}: is no constant")
-        return recognize.plain(tensor) if self.role in WEIGHT_ROLES else Dense(tensor)
+        return recognize.plain(tensor, self.role in WEIGHT_ROLES)
 
 
-def _remove(owner: ir.Graph | ir.Function, node: ir.Node) -> None:
-    """Remove an encoding's last node, and the Constant nodes in front of it that fed it alone."""
-    inputs = list(node.inputs)
-    owner.remove(node, safe=True)
-    for value in inputs:
-        producer = value.producer() if value is not None else None
-        if producer is not None and producer.op_type == "Constant" and not producer.outputs[0].uses():
-            owner.remove(producer, safe=True)
+def _own_parts(node: ir.Node | None) -> list[ir.Value]:
+    """The constants that feed `node` alone; others may share a scale or zero point with other weights."""
+    values = {id(v): v for v in node.inputs if v is not None} if node is not None else {}
+    return [
+        v
+        for v in values.values()
+        if all(use.node is node for use in v.uses()) and not v.is_graph_output() and not v.is_graph_input()
+    ]
 
 
 def weights(model: ir.Model, work: pathlib.Path | None = None) -> list[Weight]:
@@ -204,74 +242,79 @@ def weights(model: ir.Model, work: pathlib.Path | None = None) -> list[Weight]:
     tracer = Tracer(model)
     found: list[Weight] = []
     taken: dict[str, int] = {}
-    for path, owner in scopes(model):
-        for value in _candidates(owner):
-            name = recognize.stem_of(value.name or "") if _is_integer(value) else value.name or ""
-            key = path + name
-            taken[key] = taken.get(key, 0) + 1
-            if taken[key] > 1:
-                key = f"{key}#{taken[key]}"
-            rank = len(value.shape) if value.shape is not None else _rank(value)
-            found.append(Weight(model, key, value, owner, tracer.uses(value, rank), work))
-        found += list(_attributes(model, path, owner))
+    names: dict[int, set[str]] = {}
+
+    def unique(key: str) -> str:
+        """Names are unique within a scope; two scopes may have the same path."""
+        taken[key] = taken.get(key, 0) + 1
+        return key if taken[key] == 1 else unique(f"{key}#{taken[key]}")
+
+    for path, owner, root in _all_scopes(model):
+        values = list(_candidates(owner))
+        floats = {value.name for value in values if not _is_integer(value)}
+        for value in values:
+            name = value.name or ""
+            stem = recognize.stem_of(name) if _is_integer(value) else name
+            # The integers "w.q" go by the name of the weight they stand for, unless that is still there.
+            key = unique(path + (name if stem in floats else stem))
+            found.append(Weight(model, key, value, owner, tracer.uses(value, _shape(value)), work, None, root, names))
+        for node, name in _attributes(owner):
+            key = unique(f"{path}{node.name or node.outputs[0].name}/{name}")
+            found.append(
+                Weight(model, key, node.outputs[0], owner, (Use(node, -1, "other"),), work, (node, name), root, names)
+            )
     return found
 
 
-def scopes(model: ir.Model) -> Iterator[tuple[str, ir.Graph | ir.Function]]:
+def scopes(model: ir.Model) -> Iterator[tuple[str, Scope]]:
     """Every graph and function body with the path that prefixes the keys of its weights ("", "If_0/then/", "F/")."""
-    yield from _scopes("", model.graph)
+    for path, owner, _ in _all_scopes(model):
+        yield path, owner
+
+
+def _all_scopes(model: ir.Model) -> Iterator[tuple[str, Scope, Scope]]:
+    yield from _scopes("", model.graph, model.graph)
     for function in model.functions.values():
-        if function.domain != functions.DOMAIN:
-            yield from _scopes(f"{function.name}/", function)
+        if function.domain != functions.DOMAIN or functions.inputs_of(function.name) is None:
+            yield from _scopes(f"{function.name}/", function, function)
 
 
-def _scopes(path: str, owner: ir.Graph | ir.Function) -> Iterator[tuple[str, ir.Graph | ir.Function]]:
-    yield path, owner
+def _scopes(path: str, owner: Scope, root: Scope) -> Iterator[tuple[str, Scope, Scope]]:
+    yield path, owner, root
     for node in owner:
         for attribute in node.attributes.values():
             if attribute.type not in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) or attribute.is_ref():
                 continue
             label = attribute.name.removesuffix("_branch")
-            graphs = list(subgraphs(node)) if attribute.type == ir.AttributeType.GRAPHS else [attribute.as_graph()]
+            graphs = (
+                list(attribute.as_graphs()) if attribute.type == ir.AttributeType.GRAPHS else [attribute.as_graph()]
+            )
             for graph in graphs:
                 # The first output's name identifies a node whether or not it has a name, and every tool keeps it.
-                yield from _scopes(f"{path}{node.outputs[0].name}/{label}/", graph)
+                name = node.outputs[0].name if node.outputs else node.name
+                yield from _scopes(f"{path}{name}/{label}/", graph, root)
 
 
-def _candidates(owner: ir.Graph | ir.Function) -> Iterator[ir.Value]:
+def _candidates(owner: Scope) -> Iterator[ir.Value]:
     """The values of one scope that are weights."""
     constants: list[ir.Value] = list(owner.initializers.values()) if isinstance(owner, ir.Graph) else []
     ends: list[ir.Value] = []
-    inside: set[int] = set()
     for node in owner:
         if node.op_type == "Constant" and node.domain in ("", "ai.onnx"):
             constants.append(node.outputs[0])
-        else:
-            values = recognize.parts(node)
-            if values is not None:
-                inside |= {id(v) for v in values}
-                ends.append(node.outputs[0])
+        elif recognize.parts(node) is not None:
+            ends.append(node.outputs[0])
     helpers = recognize.helpers(constants)
     for value in constants:
         tensor = recognize.constant(value)
-        if tensor is None or id(value) in inside or id(value) in helpers:
+        if tensor is None or id(value) in helpers or recognize.only_part(value):
             continue
         if tensor.dtype in recognize.FLOATS:
-            if tensor.size > 1 and not _is_scale(value):
+            if tensor.size > 1 and not recognize.is_scale(value):
                 yield value
         elif recognize.integers(value) is not None:
             yield value
     yield from ends
-
-
-def _is_scale(value: ir.Value) -> bool:
-    """True for the scale of an activation's or a weight's quantization."""
-    uses = list(value.uses())
-    return bool(uses) and all(
-        (use.node.op_type in ("QuantizeLinear", "DequantizeLinear") and use.idx == 1)
-        or (use.node.op_type in ("QLinearConv", "QLinearMatMul") and use.idx in (1, 4, 6))
-        for use in uses
-    )
 
 
 def _is_integer(value: ir.Value) -> bool:
@@ -279,30 +322,47 @@ def _is_integer(value: ir.Value) -> bool:
     return tensor is not None and tensor.dtype not in recognize.FLOATS
 
 
-def _rank(value: ir.Value) -> int:
+def _shape(value: ir.Value) -> tuple[int, ...]:
     tensor = recognize.constant(value)
     if tensor is not None:
-        return len(tensor.shape)
+        return tuple(tensor.shape.numpy())
     node = value.producer()
     assert node is not None
-    return len(recognize.encoded(node).shape)
+    return recognize.shape(node)
 
 
-def _attributes(model: ir.Model, path: str, owner: ir.Graph | ir.Function) -> Iterator[Weight]:
-    """Weights that live in attributes of ai.onnx.ml operators."""
+def _graph(scope: Scope) -> ir.Graph:
+    return scope.graph if isinstance(scope, ir.Function) else scope
+
+
+def _names_around(graph: ir.Graph, owner: ir.Graph, inside: bool) -> set[str] | None:
+    """Names that `owner` sees or hides: its own, those around it and those within; None when it is not in `graph`."""
+    own = {value.name or "" for value in (*graph.inputs, *graph.initializers.values())}
+    own |= {value.name or "" for node in graph for value in node.outputs}
+    inner = [subgraph for node in graph for subgraph in subgraphs(node)]
+    if inside or graph is owner:
+        return own.union(*(_names_around(subgraph, owner, True) or () for subgraph in inner))
+    for subgraph in inner:
+        found = _names_around(subgraph, owner, False)
+        if found is not None:
+            return own | found
+    return None
+
+
+def _attributes(owner: Scope) -> Iterator[tuple[ir.Node, str]]:
+    """Attributes of ai.onnx.ml operators that are weights."""
     for node in owner:
         if node.domain != "ai.onnx.ml":
             continue
         for name, attribute in node.attributes.items():
-            if attribute.is_ref() or attribute.type not in (ir.AttributeType.FLOATS, ir.AttributeType.TENSOR):
+            if attribute.is_ref():
                 continue
-            if attribute.type == ir.AttributeType.FLOATS and len(attribute.as_floats()) < 2:
-                continue
-            if attribute.type == ir.AttributeType.TENSOR and attribute.as_tensor().dtype not in recognize.FLOATS:
-                continue
-            key = f"{path}{node.name or node.outputs[0].name}/{name}"
-            uses = (Use(node, -1, "other"),)
-            yield Weight(model, key, node.outputs[0], owner, uses, attribute=(node, name))
+            if attribute.type == ir.AttributeType.FLOATS and len(attribute.as_floats()) > 1:
+                yield node, name
+            elif attribute.type == ir.AttributeType.TENSOR:
+                tensor = attribute.as_tensor()
+                if tensor.dtype in recognize.FLOATS and tensor.size > 1:
+                    yield node, name
 
 
 def total(found: Sequence[Weight]) -> int:
