@@ -46,11 +46,14 @@ class Bench:
         self.protected = protected
         self.counts: collections.Counter[str] = collections.Counter()
         self.notes: dict[int, tuple[str, ir.Value | None]] = {}
+        self._names: set[str] | None = None
 
     # Scopes --------------------------------------------------------------------------------------------------------
 
     def scopes(self) -> list[Scope]:
         """Every graph of the model, outer before inner, without the functions that expand encodings."""
+        if any(function.domain in STANDARD for function in self.model.functions.values()):
+            return []  # the model gives standard operators another meaning
         found = list(_nested(self.model.graph, self.model.opset_imports.get("", 1), False))
         for function in self.model.functions.values():
             if function.domain != functions.DOMAIN:
@@ -76,29 +79,45 @@ class Bench:
             return False
         return value.graph is not self.model.graph or self.model.ir_version >= INITIALIZERS_ARE_CONSTANT
 
+    def needs_nodes(self, scope: Scope) -> bool:
+        """True where a new constant cannot be an initializer: in a function, and unlisted below IR 4."""
+        return scope.function or self.model.ir_version < INITIALIZERS_ARE_CONSTANT
+
     def put(self, scope: Scope, name: str, array: np.ndarray, anchor: ir.Node, *, as_node: bool = False) -> ir.Value:
         """A new constant called `name`: an initializer where the scope takes one, else a Constant before `anchor`."""
-        tensor = ir.tensor(spill(array, self.work), name=name)
-        shape, kind = ir.Shape(array.shape), ir.TensorType(tensor.dtype)
-        if as_node or scope.function or self.model.ir_version < INITIALIZERS_ARE_CONSTANT:
-            value = ir.Value(name=name, shape=shape, type=kind)
-            node = ir.Node("", "Constant", [], [ir.AttrTensor("value", tensor)], outputs=[value], name="")
-            scope.graph.insert_before(anchor, node)
+        array = spill(array, self.work)
+        if as_node or self.needs_nodes(scope):
+            # Without type and shape, which would be written beside the tensor's own.
+            value = ir.Value(name=name)
+            held = ir.AttrTensor("value", ir.tensor(array))
+            scope.graph.insert_before(anchor, ir.Node("", "Constant", [], [held], outputs=[value], name=""))
             return value
-        value = ir.Value(name=name, shape=shape, type=kind, const_value=tensor)
+        tensor = ir.tensor(array, name=name)
+        value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
         scope.graph.register_initializer(value)
         return value
 
+    def unused_name(self, name: str) -> str:
+        """`name`, or `name_2`, ... where a value of the model is called that already."""
+        if self._names is None:
+            self._names = {value.name or "" for scope in self.scopes() for value in values(scope.graph)}
+        fresh, number = name, 1
+        while fresh in self._names:
+            number += 1
+            fresh = f"{name}_{number}"
+        self._names.add(fresh)
+        return fresh
+
     def swap(self, value: ir.Value, array: np.ndarray) -> None:
         """Give the constant `value` other content of the same shape and type."""
-        tensor = ir.tensor(spill(array, self.work), name=value.name)
+        array = spill(array, self.work)
         node = value.producer()
         if node is None:
-            value.const_value = tensor
+            value.const_value = ir.tensor(array, name=value.name)
             return
         for name in [n for n in node.attributes if n.startswith("value")]:
             del node.attributes[name]
-        node.attributes["value"] = ir.AttrTensor("value", tensor)
+        node.attributes["value"] = ir.AttrTensor("value", ir.tensor(array))
 
     # Removal -------------------------------------------------------------------------------------------------------
 
@@ -129,6 +148,11 @@ def _nested(graph: ir.Graph, opset: int, function: bool) -> Iterator[Scope]:
         for inner in subgraphs(node):
             # A body inside a function can hold initializers; only the function itself cannot.
             yield from _nested(inner, opset, False)
+
+
+def values(graph: ir.Graph) -> list[ir.Value]:
+    """Everything defined in one graph, without its bodies."""
+    return [*graph.inputs, *graph.initializers.values(), *(o for node in graph for o in node.outputs)]
 
 
 def used(value: ir.Value) -> bool:
@@ -168,22 +192,40 @@ _SMALL = 1024
 
 def node_bytes(node: ir.Node) -> int:
     """Bytes of a node in the file, with its framing."""
-    return int(ir.serde.serialize_node(node).ByteSize()) + 2
+    return _field(int(ir.serde.serialize_node(node).ByteSize()))
 
 
 def stored_bytes(value: ir.Value) -> int:
     """Bytes that the constant `value` takes in the file, never too many."""
     tensor, node = recognize.constant(value), value.producer()
     assert tensor is not None
-    if tensor.nbytes <= _SMALL:
-        # Exact: small integers may be stored one byte each.
-        return node_bytes(node) if node is not None else int(ir.serde.serialize_tensor(tensor).ByteSize()) + 2
-    return tensor.nbytes + len(value.name or "") + 8
+    listed = _field(int(ir.serde.serialize_value(value).ByteSize())) if value.is_graph_input() else 0
+    if tensor.nbytes <= _SMALL or tensor.dtype.is_integer():
+        # Exact: a file may store integers in one byte each.
+        proto = ir.serde.serialize_node(node) if node is not None else ir.serde.serialize_tensor(tensor)
+        return listed + _field(int(proto.ByteSize()))
+    shape = tuple(int(d) for d in tensor.shape.numpy())
+    return listed + new_bytes(value.name or "", tensor.nbytes, shape, as_node=node is not None)
 
 
-def new_bytes(name: str, nbytes: int, rank: int, *, as_node: bool) -> int:
-    """Bytes that a new constant will take, never too few."""
-    return nbytes + len(name) + 5 * rank + 20 + (len(name) + 30 if as_node else 0)
+def new_bytes(name: str, nbytes: int, shape: tuple[int, ...], *, as_node: bool) -> int:
+    """Bytes that a new constant takes in the file, as an initializer or as a Constant node."""
+    label = _field(len(name.encode()))
+    dims = sum(1 + _varint(d) for d in shape)
+    tensor = dims + 2 + (_field(nbytes) if nbytes else 0)
+    if not as_node:
+        return _field(tensor + label)
+    attribute = 7 + _field(tensor) + 3  # its name "value", and its type
+    return _field(label + 10 + _field(attribute))
+
+
+def _field(length: int) -> int:
+    """Bytes of a protobuf field of `length` bytes, with its tag and its length."""
+    return 1 + _varint(length) + length
+
+
+def _varint(number: int) -> int:
+    return max(1, (number.bit_length() + 6) // 7)
 
 
 def sum_stored(values: Iterable[ir.Value]) -> int:

@@ -15,7 +15,7 @@ class Branches:
     2. An output of the branch takes the name of the output of the `If`; one that the branch merely hands through, or
        hands out twice, goes through an `Identity`.
 
-    Left alone: conditions that are fed or computed, and branches with inputs (ONNX has none).
+    Left alone: conditions that are fed or computed, sequences, and branches with inputs (ONNX has none).
     """
 
     def __init__(self, bench: b.Bench) -> None:
@@ -32,7 +32,7 @@ class Branches:
                 if condition is None or condition.size != 1 or any(a.is_ref() for a in node.attributes.values()):
                     continue
                 chosen = node.attributes.get("then_branch" if bool(condition.numpy().item()) else "else_branch")
-                if chosen is None or len(chosen.as_graph().inputs):
+                if chosen is None or len(chosen.as_graph().inputs) or not _tensors(node):
                     continue
                 self._inline(scope, node, chosen.as_graph())
                 changed = True
@@ -70,7 +70,7 @@ class Branches:
             assert tensor is not None
             branch.initializers.pop(value.name or "")
             value.name = _free(value.name or "constant", taken)
-            if scope.function or self.bench.model.ir_version < b.INITIALIZERS_ARE_CONSTANT:
+            if self.bench.needs_nodes(scope):
                 fresh = ir.Value(name=value.name, shape=value.shape, type=value.type)
                 constant = ir.Node("", "Constant", [], [ir.AttrTensor("value", tensor)], outputs=[fresh], name="")
                 scope.graph.insert_before(node, constant)
@@ -88,7 +88,12 @@ class Branches:
     def _names(self, node: ir.Node) -> set[str]:
         """Names of values outside `node`, in every scope: a name of an outer or inner graph may not be used again."""
         inside = {id(value) for graph in subgraphs(node) for value in _all_values(graph)}
-        return {v.name or "" for scope in self.bench.scopes() for v in _values(scope.graph) if id(v) not in inside}
+        return {v.name or "" for scope in self.bench.scopes() for v in b.values(scope.graph) if id(v) not in inside}
+
+
+def _tensors(node: ir.Node) -> bool:
+    """True unless an output is known to be a sequence or optional, which Identity takes in newer opsets alone."""
+    return all(o.type is None or isinstance(o.type, ir.TensorType) for o in node.outputs)
 
 
 def _free(name: str, taken: set[str]) -> str:
@@ -100,12 +105,8 @@ def _free(name: str, taken: set[str]) -> str:
     return fresh
 
 
-def _values(graph: ir.Graph) -> list[ir.Value]:
-    return [*graph.inputs, *graph.initializers.values(), *(o for node in graph for o in node.outputs)]
-
-
 def _all_values(graph: ir.Graph) -> list[ir.Value]:
-    found = _values(graph)
+    found = b.values(graph)
     for node in graph:
         for inner in subgraphs(node):
             found += _all_values(inner)

@@ -94,6 +94,8 @@ class Duplicates:
             return None
         if b.encodes(node) or not node.inputs or any(True for _ in subgraphs(node)):
             return None
+        if any(a.is_ref() for a in node.attributes.values()):
+            return None
         attributes = tuple(
             (name, ir.serde.serialize_attribute(a).SerializeToString(deterministic=True))
             for name, a in sorted(node.attributes.items())

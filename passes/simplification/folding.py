@@ -16,6 +16,12 @@ from onnxcompress.passes.simplification.evaluate import Evaluator, Kind, nbytes,
 _EAGER = 1 << 16  # results this small are computed at once: they may be shapes, which other results depend on
 _LEAST_LIMIT = 1 << 20
 _SHARED_LEAST = 256  # smaller sources do not tie results together: a shape or an axis is shared by everything
+# ONNX Runtime computes float16 in float32 where it lacks a kernel, and rounds only where its optimizer leaves a Cast:
+# what a run would give is not known of single nodes, but of those that round nothing.
+_MOVES = {
+    "Cast", "Concat", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Reshape", "Shape", "Size", "Slice",
+    "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze",
+}  # fmt: skip
 _UNFOLDED = {"Constant", "Dropout"} | b.NONDETERMINISTIC | b.QUANTIZED
 
 
@@ -37,8 +43,8 @@ class Folding:
     3. Where a result would be larger (Cast float16 -> float32, ConstantOfShape, Expand, a weight used elsewhere too),
        it is left and rule 1 is tried on its inputs.
 
-    Left alone: random operators, quantization and encodings, operators with bodies, sequences and strings, and
-    everything that ONNX Runtime does not compute.
+    Left alone: random operators, quantization and encodings, operators with bodies, float16 arithmetic, sequences and
+    strings, and everything that ONNX Runtime does not compute.
     """
 
     def __init__(self, bench: b.Bench) -> None:
@@ -109,6 +115,8 @@ class Folding:
                 return None
             kinds.append(kind)
         if all(kind is None for kind in kinds):
+            return None
+        if node.op_type not in _MOVES and any(kind is not None and kind[0] == ir.DataType.FLOAT16 for kind in kinds):
             return None
         data = [
             self._array(plan, v) if v is not None and kind is not None and nbytes(kind) <= _EAGER else None
@@ -228,14 +236,13 @@ class Folding:
         """Store `roots` if that takes no more bytes than it frees; the number of nodes that went."""
         roots = [root for root in roots if root.producer() is not None and b.used(root)]
         dead, sources = self._unused(plan, roots)
-        as_node = scope.function or self.bench.model.ir_version < b.INITIALIZERS_ARE_CONSTANT
         heirs = self._heirs(scope, plan, roots, sources)
         cost = sum(
             b.new_bytes(
                 heirs.get(id(root), root.name or ""),
                 nbytes(plan.kinds[root]),
-                len(plan.kinds[root][1]),
-                as_node=as_node or root.is_graph_output(),
+                plan.kinds[root][1],
+                as_node=self.bench.needs_nodes(scope) or root.is_graph_output(),
             )
             for root in roots
         )
@@ -285,7 +292,8 @@ class Folding:
             value = self.bench.put(scope, name, array, producer, as_node=output)
             value.doc_string = root.doc_string
             value.metadata_props.update(root.metadata_props)
-            if output and root.shape is not None:
+            if value.producer() is not None:
+                # The declared type of an output is part of the model's interface, with its symbolic dimensions.
                 value.shape, value.type = root.shape, root.type
             root.replace_all_uses_with(value, replace_graph_outputs=True)
             fresh.append((root, value))

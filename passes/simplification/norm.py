@@ -140,17 +140,17 @@ class BatchNorms:
         beta = norm.inputs[2]
         if beta is not None and beta.name and self._alone(beta) and beta.graph is norm.graph:
             return beta.name, False
-        return f"{norm.outputs[0].name}/bias", False
+        return self.bench.unused_name(f"{norm.outputs[0].name}/bias"), False
 
     def _growth(self, scope: b.Scope, norm: ir.Node, bias: ir.Value | None, name: str, new: np.ndarray) -> int:
         """Bytes that a new bias takes beyond those that become free with the BatchNormalization."""
-        as_node = scope.function or self.bench.model.ir_version < b.INITIALIZERS_ARE_CONSTANT
         freed = {id(v): v for v in norm.inputs[1:] if v is not None and {u.node for u in v.uses()} == {norm}}
         if bias is not None and self._alone(bias):
             freed[id(bias)] = bias
         kept = [value for value in freed.values() if not value.is_graph_output()]
         gain = b.node_bytes(norm) + b.sum_stored(kept)
-        return b.new_bytes(name, new.nbytes, 1, as_node=as_node) + len(name) + 2 - gain
+        new_bytes = b.new_bytes(name, new.nbytes, new.shape, as_node=self.bench.needs_nodes(scope))
+        return new_bytes + len(name) + 2 - gain  # the operator names its bias
 
     def _apply(
         self,
@@ -202,12 +202,14 @@ class BatchNorms:
             node.resize_inputs(3)
         node.replace_input_with(2, None)
         beta = parameters[1]
-        for value in [v for v in (old, beta) if v is not None and v.name == name and not b.used(v)]:
-            self.bench.note(value, what)
+        heirs = [v for v in (old, beta) if v is not None and v.name == name and not b.used(v)]
+        for value in heirs:
             self.bench.drop(value)
-        node.replace_input_with(2, self.bench.put(scope, name, shifted, node))
+        fresh = self.bench.put(scope, name, shifted, node)
+        node.replace_input_with(2, fresh)
+        for value in heirs:
+            self.bench.note(value, what, fresh)
         if old is not None:
-            self.bench.note(old, what)
             self.bench.drop(old)
 
 
