@@ -17,6 +17,7 @@ grid inside each interval; Lloyd steps between the rounds take them to their exa
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 
@@ -166,9 +167,9 @@ def _fine(rows: int, k: int) -> tuple[int, int, float]:
     return half, max(32, half) if alone else 32, 2e-5
 
 
-def _by_rows(points: Points, step: int, work, start: I64) -> I64:  # type: ignore[no-untyped-def]
+def _by_rows(points: Points, step: int, work: Callable[[Points, I64], I64], start: I64) -> I64:
     if len(start) <= step:
-        return np.asarray(work(points, start))
+        return work(points, start)
     pieces = []
     for low in range(0, len(start), step):
         which = np.arange(low, min(low + step, len(start)))

@@ -120,8 +120,8 @@ def test_near_rivals_among_few_points(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(partition, "EXACT_WORK", 0)
     rng = np.random.default_rng(5)
     for trial in range(60):
-        shape = [rng.standard_normal, lambda n: rng.standard_t(2, n), lambda n: rng.laplace(size=n)][trial % 3]
-        values = shape(400).astype(np.float32)
+        shapes = (rng.standard_normal(400), rng.standard_t(2, 400), rng.laplace(size=400))
+        values = shapes[trial % 3].astype(np.float32)
         k = [2, 3, 4, 8][trial % 4]
         assert kmeans1d(values, k).error <= BOUND * optimum(values, k), (trial, k)
 
