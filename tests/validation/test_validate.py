@@ -18,7 +18,7 @@ from onnx import numpy_helper
 from onnxcompress.contract import Silent
 from onnxcompress.errors import DataError, MetricError, ModelError, OnnxCompressError
 from onnxcompress.model.load import load
-from onnxcompress.runtime.session import open_session
+from onnxcompress.runtime.session import Session, open_session
 from onnxcompress.validation.samples import Samples
 from onnxcompress.validation.timing import median_range
 from onnxcompress.validation.validate import validate
@@ -301,3 +301,35 @@ def test_median_range() -> None:
     # Binomial(15, 1/2): P(at most 3 below) = 1.76 %, at most 4 = 5.9 %.
     assert median_range([float(v) for v in range(1, 16)]) == (4.0, 12.0)
     assert median_range([float(v) for v in range(1, 7)]) == (1.0, 6.0)
+
+
+def test_a_provider_that_took_nodes_is_compared_and_may_still_fail(
+    task: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("onnxcompress.validation.placement.placed", lambda session: {"CUDAExecutionProvider": 1})
+    sessions: list[Session] = []
+
+    def opened(model: Any, provider: str, **rest: Any) -> Session:
+        sessions.append(open_session(model, provider="cpu", **rest))
+        return sessions[-1]
+
+    monkeypatch.setattr("onnxcompress.validation.validate.open_session", opened)
+    arguments: dict[str, Any] = {"data": task["data"], "providers": ("cuda",), "latency": False}
+    found = validate(task["good"], task["good"], **arguments)
+    (row,) = found.providers
+    assert (row.ran, row.nodes, row.reason, row.agreement[0].elements) == (True, {"cuda": 1}, None, 3600)
+    assert found.verdict is Verdict.PASS
+
+    def fails(feeds: Any, outputs: Any = None) -> Any:
+        raise ModelError("out of device memory")
+
+    def opened_to_fail(model: Any, provider: str, **rest: Any) -> Session:
+        session = opened(model, provider, **rest)
+        if provider == "cuda":
+            monkeypatch.setattr(session, "run", fails)
+        return session
+
+    monkeypatch.setattr("onnxcompress.validation.validate.open_session", opened_to_fail)
+    found = validate(task["good"], task["good"], **arguments)
+    assert found.verdict is Verdict.FAIL
+    assert found.reasons[0] == "provider cuda did not run: out of device memory"
