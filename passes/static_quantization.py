@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Literal
 
 import onnx_ir as ir
 
-from onnxcompress.calibration.ranges import ranges
 from onnxcompress.contract import Coverage, Needs, Pass, Reason, Run, parameter
 from onnxcompress.errors import PassError
-from onnxcompress.model import bridge
-from onnxcompress.model.shapes import values
 from onnxcompress.model.weights import Weight, weights
-from onnxcompress.passes.quantization import batchnorm, qdq
+from onnxcompress.passes.quantization import batchnorm
 from onnxcompress.passes.quantization.job import Job
-from onnxcompress.passes.quantization.layers import Layer, layers
+from onnxcompress.passes.quantization.layers import layers
 from onnxcompress.passes.quantization.opset import lift
-from onnxcompress.passes.quantization.placement import Point, place
-from onnxcompress.passes.quantization.probe import losses
 from onnxcompress.passes.quantization.rows import rows
+from onnxcompress.passes.quantization.static_layers import StaticLayers
 from onnxcompress.passes.quantization.weight_only import WeightOnly, refuse
 
 LEAST_OPSET = 13  # QuantizeLinear and DequantizeLinear per channel
@@ -59,13 +54,16 @@ class StaticQuantization(Pass):
         if run.feeds is None:
             raise PassError(f"{self.name}: needs calibration data (--calibration DATA), or use dynamic-quantization")
         job = Job.of(model, run, self.overflow, self.per_channel, self.min_elements, self.max_error)
-        before = {weight.key: weight.nbytes for weight in weights(model, run.work)}
-        obstacle = self._lift(model, run.feeds, before, job)
+        found = weights(model, run.work)
+        before = {weight.key: weight.nbytes for weight in found}
+        obstacle = self._lift(model, run.feeds, found, job)
         if not obstacle:
             batchnorm.fold(weights(model, run.work), job)
         found = weights(model, run.work)
         expanded, tables, candidates = WeightOnly(job), [], []
+        run.progress.start(self.name, len(found))
         for weight in found:
+            run.progress.step()
             refused = refuse(weight, job)
             if refused is not None and refused.reason is Reason.ROLE and weight.role == "bias":
                 continue  # accounted for when it is known whether its layer runs in integers
@@ -84,7 +82,7 @@ class StaticQuantization(Pass):
                 else:
                     candidates += made
         biases = {id(w.value): w for w in found if w.role == "bias"}
-        done = self._quantize(model, run, job, candidates, expanded, biases)
+        done = StaticLayers(job, run, candidates, expanded).quantize(self.min_sqnr, biases)
         for weight in biases.values():
             if weight.key not in done and weight.key in before:
                 refused = refuse(weight, job)
@@ -94,16 +92,17 @@ class StaticQuantization(Pass):
             if not rows(weight, job):
                 expanded.add(weight)
         expanded.commit()
+        run.progress.done()
         known = job.coverage.keys()
         job.coverage.removed(before, [key for key in before if key not in known], "folded into a convolution")
         if job.target.note:
             job.coverage.warnings.append(job.target.note)
         return job.coverage
 
-    def _lift(self, model: ir.Model, feeder: Iterable[Any], before: dict[str, int], job: Job) -> str:
+    def _lift(self, model: ir.Model, feeder: Iterable[Any], found: Sequence[Weight], job: Job) -> str:
         """Bring the model to an opset with per-channel Q/DQ; "" or the obstacle."""
         opset = model.opset_imports.get("", 1)
-        if opset >= LEAST_OPSET or not before:
+        if opset >= LEAST_OPSET or all(weight.role not in ("conv", "matmul", "gemm") for weight in found):
             return ""
         why = lift(model, LEAST_OPSET, feeder)
         if not why:
@@ -112,77 +111,3 @@ class StaticQuantization(Pass):
         obstacle = f"integer layers need opset {LEAST_OPSET}, the model has {opset}: {why}"
         job.coverage.warnings.append(obstacle)
         return obstacle
-
-    def _quantize(
-        self,
-        model: ir.Model,
-        run: Run,
-        job: Job,
-        candidates: list[Layer],
-        expanded: WeightOnly,
-        biases: dict[int, Weight],
-    ) -> set[str]:
-        """Choose and write the integer layers; the keys of biases re-encoded."""
-        if not candidates:
-            return set()
-        assert run.feeds is not None
-        names = _names(model)
-        points = place(candidates, job.target)
-        run.progress.start(f"{self.name}: calibration", 2)
-        seen = ranges(model, _named(points, names), run.feeds, threads=run.threads)
-        run.progress.step()
-        scales = {
-            key: qdq.activation_scale(seen[names[key]], job.target)
-            for key in points
-            if key in names and names[key] in seen and seen[names[key]].known
-        }
-
-        def settle(kept: list[Layer]) -> dict[int, Point]:
-            """Points of the layers kept; layers whose activations have no range are given up first."""
-            while True:
-                points = place(kept, job.target)
-                resolved = qdq.resolve(points, scales)
-                blind = {id(layer.weight) for layer in kept if _blind(layer, points, resolved)}
-                if not blind:
-                    return {key: point for key, point in points.items() if key in resolved}
-                for layer in _firsts(kept):
-                    if id(layer.weight) in blind:
-                        expanded.add(layer.weight, "its activations have no range in the calibration data")
-                kept[:] = [layer for layer in kept if id(layer.weight) not in blind]
-
-        points = settle(candidates)
-        worst: dict[int, float] = {}
-        ratios = losses(model, candidates, points, qdq.resolve(points, scales), names, run.feeds, run.threads)
-        for layer, ratio in zip(candidates, ratios, strict=True):
-            ratio = math.inf if math.isnan(ratio) else ratio
-            worst[id(layer.weight)] = min(worst.get(id(layer.weight), math.inf), ratio)
-        for layer in _firsts(candidates):
-            if worst[id(layer.weight)] < self.min_sqnr:
-                expanded.add(layer.weight, f"in integers its layer has {worst[id(layer.weight)]:.1f} dB")
-        candidates[:] = [layer for layer in candidates if worst[id(layer.weight)] >= self.min_sqnr]
-        points = settle(candidates)
-        resolved = qdq.resolve(points, scales)
-        done = qdq.write_biases(candidates, points, resolved, biases, job)
-        qdq.write_weights(candidates, job)
-        qdq.write_points(points, resolved, job)
-        run.progress.done()
-        return done
-
-
-def _blind(layer: Layer, points: dict[int, Point], resolved: dict[int, qdq.Scale]) -> bool:
-    """True when what the layer takes, or what it is to give in integers, has no range."""
-    return id(layer.x) not in resolved or (id(layer.y) in points and id(layer.y) not in resolved)
-
-
-def _firsts(found: Sequence[Layer]) -> Iterable[Layer]:
-    """One layer a weight."""
-    return {id(layer.weight): layer for layer in found}.values()
-
-
-def _names(model: ir.Model) -> dict[int, str]:
-    """Every value's name with the path of its scope, by id."""
-    return {id(v): f"{path}{v.name}" for path, owner in bridge.scopes(model) for v in values(owner) if v.name}
-
-
-def _named(points: dict[int, Point], names: dict[int, str]) -> list[str]:
-    return [names[key] for key, point in points.items() if key in names and point.like is None]

@@ -18,18 +18,25 @@ T = TypeVar("T")
 Feeds = Mapping[str, np.ndarray]
 
 
-def batches(feeder: Iterable[Any], limit: int | None = None) -> Iterator[tuple[Feeds, np.ndarray | None]]:
-    """Each call's feeds, and booleans (rows, length) that are False on padding, or None.
+def batches(
+    feeder: Iterable[Any], limit: int | None = None, step: int = 1
+) -> Iterator[tuple[Feeds, np.ndarray | None]]:
+    """The feeds of every `step`-th call, and booleans (rows, length) that are False on padding, or None.
 
     Padding is known from the data layer, or from an input called a mask that holds zeros and ones.
     """
     source: Iterable[Any] = feeder.data if isinstance(feeder, FeedsOnly) else feeder
-    for batch in itertools.islice(source, limit):
+    for batch in itertools.islice(source, 0, None if limit is None else limit * step, step):
         if isinstance(batch, Batch):
             found = next(iter(batch.valid.values()), None) if batch.valid else None
             yield batch.feeds, found if found is not None else _mask(batch.feeds)
         else:
             yield batch, _mask(batch)
+
+
+def spread(feeder: Iterable[Any], calls: int) -> int:
+    """The step that spreads `calls` calls over the data."""
+    return max(1, sum(1 for _ in batches(feeder)) // calls)
 
 
 def _mask(feeds: Feeds) -> np.ndarray | None:
@@ -47,15 +54,16 @@ def outputs(
     feeder: Iterable[Any],
     *,
     limit: int | None = None,
+    step: int = 1,
     threads: int = 1,
 ) -> Iterator[tuple[dict[str, Any], np.ndarray | None]]:
-    """The outputs `names` of each call, in the order of the data, with the padding mask of the call.
+    """The outputs `names` of every `step`-th call, in the order of the data, with the padding mask of the call.
 
     At most `threads` calls are held at a time.
     """
     with open_session(model, threads=1) as session:
         known = {port.name for port in session.inputs}
-        calls = ((_known(feeds, known), valid) for feeds, valid in batches(feeder, limit))
+        calls = ((_known(feeds, known), valid) for feeds, valid in batches(feeder, limit, step))
         if threads <= 1:
             for feeds, valid in calls:
                 yield session.run(feeds, names), valid

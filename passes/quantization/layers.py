@@ -13,7 +13,7 @@ from onnxcompress.model.weights import Weight
 from onnxcompress.passes.quantization.integers import conv_orders, per_channel
 from onnxcompress.passes.quantization.job import Job
 from onnxcompress.passes.quantization.rewrite import as_seen, integer, plain_gemm
-from onnxcompress.passes.quantization.weight_only import error_of, overhead
+from onnxcompress.passes.quantization.weight_only import error_of
 
 ACTIVATIONS = {"Relu", "Clip"}
 
@@ -91,7 +91,7 @@ def layers(weight: Weight, job: Job) -> list[Layer] | str:
         return "its consumers differ"
     operator, turned = kinds.pop()
     encoding = encode(found, operator, bool(turned), job)
-    if encoding.nbytes + overhead(weight) + 200 >= weight.nbytes:
+    if encoding.nbytes >= weight.nbytes:
         return "too small to gain by integers"
     error = error_of(found, encoding)
     if error > job.max_error:

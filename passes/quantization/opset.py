@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from onnxcompress.calibration.feeding import outputs
 from onnxcompress.encodings import functions
-from onnxcompress.errors import OnnxCompressError
+from onnxcompress.errors import DataError, OnnxCompressError
 from onnxcompress.model import bridge
 from onnxcompress.model.sizes import weightless
 
@@ -24,12 +24,17 @@ def lift(model: ir.Model, opset: int, feeder: Iterable[Any]) -> str:
     """Convert `model`, in place, to `opset` with onnx's version converter; "" or why it stays as it was.
 
     The outputs of the first calls must be equal before and after to 1e-5 of their largest magnitude.
+
+    Raises:
+        DataError: the data does not fit the model.
     """
     if any(key[0] != functions.DOMAIN for key in model.functions):
         return "it defines functions of its own, which the version converter does not take"
     try:
         lifted = _converted(model, opset)
         before, after = (_observed(m, feeder) for m in (model, lifted))
+    except DataError:
+        raise
     except (OnnxCompressError, RuntimeError, ValueError, KeyError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return f"the version converter failed: {lines[-1][:120]}"

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnxcompress.calibration.feeding import outputs
+from onnxcompress.calibration.feeding import outputs, spread
 from onnxcompress.calibration.sites import Sites
 from onnxcompress.passes.quantization.layers import Layer
 from onnxcompress.passes.quantization.placement import Point
 from onnxcompress.passes.quantization.qdq import Scale
 
-CALLS = 8
+CALLS = 16
+LOUDEST = 120.0  # dB
 
 
 def losses(
@@ -27,9 +28,10 @@ def losses(
     feeder: Iterable[Any],
     threads: int,
 ) -> list[float]:
-    """Signal to quantization noise ratio in dB of each layer's output over a few calls; NaN where it never ran.
+    """Signal to quantization noise ratio of each layer's output over a few calls, in dB; NaN where it never ran.
 
-    All layers are tried in one run beside the float model; only sums of squares leave the graph.
+    The lower of the ratio of sums and the mean over calls, in which quiet calls of a stream count as much as loud
+    ones. All layers are tried in one run beside the float model; only sums of squares leave the graph.
     """
     sites = Sites(model)
     sums: list[tuple[str, str] | None] = []
@@ -39,23 +41,32 @@ def losses(
         sums.append(_try(sites, layer, points, scales, names) if usable else None)
     tapped, where, computed = sites.seen([name for pair in sums if pair for name in pair])
     wanted = list(dict.fromkeys([*where.values(), *computed.values()]))
-    totals = np.zeros((len(found), 2))
-    for results, _ in outputs(tapped, wanted, feeder, limit=CALLS, threads=threads):
+    step = spread(feeder, CALLS)
+    heard: list[list[tuple[float, float]]] = [[] for _ in found]
+    for results, _ in outputs(tapped, wanted, feeder, limit=CALLS, step=step, threads=threads):
         for index, pair in enumerate(sums):
             if pair is None or any(name not in where for name in pair):
                 continue
             if pair[0] in computed and not np.any(results[computed[pair[0]]]):
                 continue
-            totals[index] += [float(np.sum(results[where[name]], dtype=np.float64)) for name in pair]
-    return [_decibel(signal, noise) for signal, noise in totals]
+            signal, noise = (float(np.sum(results[where[name]], dtype=np.float64)) for name in pair)
+            if signal > 0 or noise > 0:
+                heard[index].append((signal, noise))
+    return [_ratio(calls) for calls in heard]
+
+
+def _ratio(calls: Sequence[tuple[float, float]]) -> float:
+    if not calls:
+        return math.nan
+    mean = sum(_decibel(*call) for call in calls) / len(calls)
+    return min(mean, _decibel(sum(signal for signal, _ in calls), sum(noise for _, noise in calls)))
 
 
 def _decibel(signal: float, noise: float) -> float:
-    if signal == 0 and noise == 0:
-        return math.nan
-    if noise == 0:
-        return math.inf
-    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+    """Between -LOUDEST and LOUDEST, so that a mean stays finite."""
+    if signal == 0 or noise == 0:
+        return LOUDEST if noise == 0 else -LOUDEST
+    return max(-LOUDEST, min(LOUDEST, 10 * math.log10(signal / noise)))
 
 
 def _try(

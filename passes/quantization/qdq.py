@@ -21,6 +21,9 @@ from onnxcompress.passes.quantization.placement import Point
 from onnxcompress.passes.quantization.rewrite import after, drop
 from onnxcompress.targets import Target
 
+LAYER_BYTES = 100  # DequantizeLinear of a weight and the headers of its constants, beside the names
+POINT_BYTES = 260  # a Q/DQ pair and its constants, beside the names
+
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
@@ -46,6 +49,14 @@ def resolve(points: Mapping[int, Point], scales: Mapping[int, Scale]) -> dict[in
         if id(root.value) in scales:
             found[key] = scales[id(root.value)]
     return found
+
+
+def saves(found: Sequence[Layer], points: Mapping[int, Point]) -> bool:
+    """True when integer layers with Q/DQ at `points` make the file smaller than what they replace."""
+    gain = 0
+    for layer in {id(layer.weight): layer for layer in found}.values():
+        gain += layer.weight.nbytes - layer.encoding.nbytes - LAYER_BYTES - 4 * len(layer.weight.value.name or "")
+    return gain > sum(POINT_BYTES + 10 * len(point.value.name or "") for point in points.values())
 
 
 def write_points(points: Mapping[int, Point], scales: Mapping[int, Scale], job: Job) -> None:
