@@ -116,21 +116,26 @@ def checked(found: ir.Model) -> bytes:
     return data
 
 
-def session(data: bytes, optimize: bool = True, **entries: str) -> ort.InferenceSession:
+def session(data: bytes, optimize: bool = True, entries: Mapping[str, str] | None = None) -> ort.InferenceSession:
     """A one-thread CPU session."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 4
     level = ort.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
-    for key, value in entries.items():
-        options.add_session_config_entry(key.replace("__", "."), value)
+    for key, value in (entries or {}).items():
+        options.add_session_config_entry(key, value)
     return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 
 
-def run(data: bytes, feeds: Mapping[str, np.ndarray] | None = None, optimize: bool = True) -> list[np.ndarray]:
+def run(
+    data: bytes,
+    feeds: Mapping[str, np.ndarray] | None = None,
+    optimize: bool = True,
+    entries: Mapping[str, str] | None = None,
+) -> list[np.ndarray]:
     """The outputs, in order; bfloat16 ones as such. Without feeds a single float x of 1."""
-    made = session(data, optimize)
+    made = session(data, optimize, entries)
     feeds = {"x": np.ones(1, np.float32)} if feeds is None else feeds
     names = [port.name for port in made.get_inputs()]
     given = {name: ort.OrtValue.ortvalue_from_numpy(feeds[name]) for name in names}
@@ -169,6 +174,10 @@ def op_types(found: onnx.GraphProto) -> set[str]:
             for inner in [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])]:
                 types |= op_types(inner)
     return types
+
+
+# DequantizeLinear before a product is fused with it; without this, activations are rounded to int8 on the way.
+FLOAT_ACTIVATIONS = {"session.qdq_matmulnbits_accuracy_level": "0"}
 
 
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:

@@ -9,7 +9,7 @@ model's opset.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -104,18 +104,33 @@ def lift_ir_version(model: ir.Model, version: int = LEAST_IR_VERSION) -> None:
 
 def refresh(model: ir.Model) -> None:
     """Build the model's functions again, after its opset changed; drop those nobody calls."""
-    used = {
-        node.op_type
-        for root in [model.graph, *(f.graph for f in model.functions.values())]
-        for node in ir.traversal.RecursiveGraphIterator(root)
-        if node.domain == DOMAIN
-    }
-    for key in [k for k in model.functions if k[0] == DOMAIN]:
+    used = {node.op_type for node in _nodes(model) if node.domain == DOMAIN}
+    for key in _keys(model):
         if key[1] in used:
             model.functions[key] = build(key[1], model.opset_imports.get("", 1))
         else:
             del model.functions[key]
-    if not used:
+    _drop_unused_imports(model)
+
+
+def release(model: ir.Model, name: str) -> None:
+    """Drop function `name` unless some node still calls it."""
+    if not any(node.domain == DOMAIN and node.op_type == name for node in _nodes(model)):
+        model.functions.pop((DOMAIN, name, ""), None)
+        _drop_unused_imports(model)
+
+
+def _nodes(model: ir.Model) -> Iterator[ir.Node]:
+    for root in [model.graph, *(f.graph for f in model.functions.values())]:
+        yield from ir.traversal.RecursiveGraphIterator(root)
+
+
+def _keys(model: ir.Model) -> list[tuple[str, str, str]]:
+    return [key for key in model.functions if key[0] == DOMAIN and inputs_of(key[1]) is not None]
+
+
+def _drop_unused_imports(model: ir.Model) -> None:
+    if not any(key[0] == DOMAIN for key in model.functions):
         for imports in [model.opset_imports, *(f.opset_imports for f in model.functions.values())]:
             imports.pop(DOMAIN, None)
 

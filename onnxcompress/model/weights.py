@@ -192,7 +192,8 @@ class Weight:
             fresh = tape.constant(self._tensor(new, tape), name)
         else:
             fresh = new.emit(tape, name)
-        fresh.shape, fresh.type = ir.Shape(new.shape), ir.TensorType(ir.DataType.from_numpy(new.dtype))
+        if recognize.constant(fresh) is None:  # a constant says so itself
+            fresh.shape, fresh.type = ir.Shape(new.shape), ir.TensorType(ir.DataType.from_numpy(new.dtype))
         fresh.metadata_props.update(old.metadata_props)
         tape.place(node)
         old.replace_all_uses_with(fresh, replace_graph_outputs=True)
@@ -203,6 +204,8 @@ class Weight:
             producer = part.producer()
             if producer is not None and producer.graph is not None:
                 producer.graph.remove(producer, safe=True)
+        if node is not None and node.domain == functions.DOMAIN:
+            functions.release(self.model, node.op_type)
 
     def _recognize(self) -> Encoding:
         if self.attribute is not None:

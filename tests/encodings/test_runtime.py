@@ -14,6 +14,7 @@ from onnxcompress.errors import PassError
 from onnxcompress.model.weights import weights
 from tests.builders import (
     ENCODERS,
+    FLOAT_ACTIVATIONS,
     affine,
     by_key,
     checked,
@@ -30,7 +31,6 @@ from tests.builders import (
     optimized,
     run,
     same_bits,
-    session,
     tensors,
 )
 
@@ -190,7 +190,7 @@ def blocked(q: str, zero: bool, shape: tuple[int, int], axis: int, block: int = 
 def test_affine_two_bits(q: str) -> None:
     kind = np.dtype(getattr(ml_dtypes, q))
     levels = np.arange(15).reshape(5, 3).astype(np.int8) % 4 - (2 if q == "int2" else 0)
-    encoding = Affine(levels.astype(kind), np.float32(0.3).reshape(()))
+    encoding = Affine(levels.astype(kind), np.array(0.3, np.float32))
     assert encoding.least_opset == 25
     assert encoding.nbytes == 4 + 4
     proven(encoding, 25)
@@ -202,7 +202,7 @@ def test_affine_two_bits(q: str) -> None:
 def test_affine_four_bits(q: str, form: Any, axis: int | None) -> None:
     kind = np.dtype(getattr(ml_dtypes, q))
     levels = (np.arange(21).reshape(3, 7).astype(np.int8) % 16 - (8 if q == "int4" else 0)).astype(kind)
-    scale = np.float32(0.3).reshape(()) if axis is None else np.linspace(0.1, 1, 7, dtype=np.float32)
+    scale = np.array(0.3, np.float32) if axis is None else np.linspace(0.1, 1, 7, dtype=np.float32)
     proven(Affine(levels, scale, None, axis, form=form), 21)
 
 
@@ -211,7 +211,7 @@ def test_affine_int32_bias() -> None:
     encoding = Affine(levels, np.array([1e-3, 2e-3, 3e-3, 4e-3], np.float32), None, 0)
     assert encoding.least_opset == 13
     proven(encoding, 13)
-    assert Affine(levels, np.float32(1e-3).reshape(())).least_opset == 10
+    assert Affine(levels, np.array(1e-3, np.float32)).least_opset == 10
 
 
 @pytest.mark.parametrize("q", ["int16", "uint16"])
@@ -260,7 +260,7 @@ def test_integer_forms_run_as_blocks(optimize: bool) -> None:
     found = opened(model(body, 21, 10))
     by_key(found)["w"].replace(encoding)
     data = checked(found)
-    exact = session(data, optimize, **{"session.qdq_matmulnbits_accuracy_level": "0"}).run(None, {"x": x})[0]
+    (exact,) = run(data, {"x": x}, optimize, entries=FLOAT_ACTIVATIONS)
     expected = x @ encoding.decode()
     assert np.abs(exact - expected).max() <= 1e-5 * np.abs(expected).max()
 
