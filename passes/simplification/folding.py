@@ -30,6 +30,7 @@ class _Plan:
     """What is known of one scope: nodes that only depend on constants, in order, and their results."""
 
     nodes: list[ir.Node]
+    places: dict[int, int]
     kinds: dict[ir.Value, Kind]
     arrays: dict[ir.Value, np.ndarray]
 
@@ -86,7 +87,7 @@ class Folding:
     # What could be folded --------------------------------------------------------------------------------------------
 
     def _plan(self, scope: b.Scope) -> _Plan:
-        plan = _Plan([], {}, {})
+        plan = _Plan([], {}, {}, {})
         constants = [*scope.graph.initializers.values(), *(n.outputs[0] for n in scope.graph if _is_constant(n))]
         sizes = [t.nbytes for value in constants if (t := self.bench.tensor(value)) is not None]
         self.limit = max(_LEAST_LIMIT, 4 * max(sizes, default=0))
@@ -94,6 +95,7 @@ class Folding:
             kinds = self._outcome(scope, plan, node)
             if kinds is None:
                 continue
+            plan.places[id(node)] = len(plan.places)
             plan.nodes.append(node)
             plan.kinds.update(zip(node.outputs, kinds, strict=True))
             if sum(nbytes(kind) for kind in kinds) <= _EAGER and not self._compute(scope, plan, node):
@@ -214,7 +216,8 @@ class Folding:
                     todo.append(value.producer())
                 else:
                     sources[id(value)] = value
-        return [node for node in reversed(plan.nodes) if id(node) in nodes], list(sources.values())
+        last_first = sorted(nodes.values(), key=lambda node: -plan.places[id(node)])
+        return last_first, list(sources.values())
 
     def _unused(self, plan: _Plan, roots: list[ir.Value]) -> tuple[list[ir.Node], list[ir.Value]]:
         """Nodes, last first, and constants that nothing needs once `roots` are stored."""

@@ -50,10 +50,12 @@ def cases() -> Iterator[Case]:
         warnings.simplefilter("ignore")  # the test data overflows on purpose
         nodes = load_model_tests(kind="node")
     for case in nodes:
+        assert case.model is not None
+        assert case.data_sets is not None
         yield Case(case.name, case.model, _feeds(case.model, list(case.data_sets[0][0])))
     for kind in ("simple", "pytorch-converted", "pytorch-operator"):
         for case in sorted(load_model_tests(kind=kind), key=lambda case: str(case.name)):
-            folder = pathlib.Path(case.model_dir)
+            folder = pathlib.Path(str(case.model_dir))
             model = onnx.load(folder / "model.onnx")
             files = sorted((folder / "test_data_set_0").glob("input_*.pb"), key=lambda p: int(p.stem.split("_")[1]))
             yield Case(case.name, model, _feeds(model, [_read(p, i) for p, i in zip(files, _inputs(model))]))  # noqa: B905
@@ -141,7 +143,7 @@ def _outputs(model: bytes, feeds: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _names(session: Any) -> set[str]:
-    return {port.name for port in session.inputs} | session._overridable
+    return {port.name for port in session.inputs} | set(session._overridable)
 
 
 def _equal(a: Any, b: Any) -> bool:
@@ -189,7 +191,11 @@ def _read(path: pathlib.Path, info: onnx.ValueInfoProto) -> Any:
 
 @pytest.mark.parametrize("freeze", [False, True], ids=["as-they-are", "inputs-frozen"])
 @pytest.mark.parametrize("name", ["simplify"])
-def test_no_model_crashes_grows_or_changes(name: str, freeze: bool, tmp_path: pathlib.Path) -> None:
+def test_no_model_crashes_grows_or_changes(
+    name: str, freeze: bool, tmp_path: pathlib.Path, request: pytest.FixtureRequest
+) -> None:
+    if "slow" not in request.config.getoption("markexpr"):
+        pytest.skip("takes a minute: pytest -m slow")
     tally = sweep(name, tmp_path, freeze=freeze)
     print(f"\n{name}{', inputs frozen' if freeze else ''}: {dict(sorted(tally.counts.items()))}")
     assert not tally.crashed, tally.crashed

@@ -113,7 +113,9 @@ def statistics(channels: int, dtype: Any = F32) -> dict[str, np.ndarray]:
     }
 
 
-def conv_norm(bias: bool, opset: int = 17, *, transposed: bool = False, group: int = 1, **norm: Any) -> ir.Model:
+def conv_norm(
+    bias: bool, opset: int = 17, *, transposed: bool = False, group: int = 1, norm: Mapping[str, Any] | None = None
+) -> ir.Model:
     shape = (4, 6 // group, 3, 3) if transposed else (6, 4 // group, 3, 3)
     constants = {"w": normal(*shape), **statistics(6)}
     if bias:
@@ -121,7 +123,7 @@ def conv_norm(bias: bool, opset: int = 17, *, transposed: bool = False, group: i
     op = "ConvTranspose" if transposed else "Conv"
     nodes = [
         helper.make_node(op, ["x", "w", *(["b"] if bias else [])], ["c"], "conv", group=group, pads=[1, 1, 1, 1]),
-        helper.make_node("BatchNormalization", ["c", *NORM], ["y"], "norm", epsilon=1e-3, **norm),
+        helper.make_node("BatchNormalization", ["c", *NORM], ["y"], "norm", epsilon=1e-3, **(norm or {})),
     ]
     return build(nodes, constants, inputs=IMAGE, opset=opset)
 
@@ -186,7 +188,7 @@ def test_the_fold_is_rounded_once(tmp_path: pathlib.Path) -> None:
     ("opset", "attributes"), [(7, {"spatial": 0}), (15, {"training_mode": 1})], ids=["spatial", "training"]
 )
 def test_batch_norm_of_another_kind_is_left(opset: int, attributes: dict[str, int], tmp_path: pathlib.Path) -> None:
-    model = conv_norm(True, opset, **attributes)
+    model = conv_norm(True, opset, norm=attributes)
     simplify(model, tmp_path)
     assert ops(model.graph) == ["Conv", "BatchNormalization"]
 
@@ -400,7 +402,11 @@ def test_random_operators_stay(op: str, tmp_path: pathlib.Path) -> None:
 
 
 def test_quantization_and_encodings_stay(tmp_path: pathlib.Path) -> None:
-    constants = {"q": np.arange(-64, 64, dtype=np.int8).reshape(32, 4), "s": np.array(0.1, F32), "w": normal(4, 4)}
+    constants: dict[str, np.ndarray] = {
+        "q": np.arange(-64, 64, dtype=np.int8).reshape(32, 4),
+        "s": np.array(0.1, F32),
+        "w": normal(4, 4),
+    }
     nodes = [
         helper.make_node("DequantizeLinear", ["q", "s"], ["d"]),
         helper.make_node("MatMul", ["x", "d"], ["a"]),
