@@ -43,7 +43,7 @@ class StaticQuantization(Pass):
     per_channel: bool = parameter(True, "one scale an output channel, or one a tensor")
     min_elements: int = parameter(64, "smaller weights stay in float", ge=1)
     max_error: float = parameter(0.05, "relative root-mean-square error above which a weight stays in float", gt=0)
-    min_sqnr: float = parameter(20.0, "dB of signal to noise below which a layer keeps float activations")
+    min_sqnr: float = parameter(24.0, "dB of signal to noise below which a layer keeps float activations")
     overflow: Literal["auto", "full", "neighbours", "reduced"] = parameter(
         "auto",
         "range of integer weights: full, as far as neighbours cannot saturate, reduced to +-64, or the target's own",

@@ -63,9 +63,20 @@ def _converted(model: ir.Model, opset: int) -> ir.Model:
             slot.put(large.pop(slot.name))
     if large:
         raise ValueError(f"{next(iter(large))} was lost")
-    for key, value in model.meta.items():
-        lifted.meta[key] = value
+    _forget_inferred(model, lifted)
+    for key, entry in model.meta.items():
+        lifted.meta[key] = entry
     return lifted
+
+
+def _forget_inferred(model: ir.Model, lifted: ir.Model) -> None:
+    """Drop the shapes the converter wrote beside its work: they would make the file larger."""
+    known = {v.name for _, owner in bridge.scopes(model) for n in owner for v in n.outputs if v.type is not None}
+    for _, owner in bridge.scopes(lifted):
+        for node in owner:
+            for value in node.outputs:
+                if value.name not in known and not value.is_graph_output():
+                    value.shape, value.type = None, None
 
 
 def _observed(model: ir.Model, feeder: Iterable[Any]) -> list[np.ndarray]:

@@ -76,7 +76,6 @@ def _write_point(point: Point, scale: Scale, job: Job) -> None:
     ]
     q = tape.op("QuantizeLinear", [value, *constants], f"{name}.quantized")
     dq = tape.op("DequantizeLinear", [q, *constants], f"{name}.dequantized")
-    dq.shape, dq.type = value.shape, value.type
     anchor = after(value, owner)
     tape.place(anchor)
     if anchor is None:
@@ -85,7 +84,7 @@ def _write_point(point: Point, scale: Scale, job: Job) -> None:
         node.replace_input_with(index, dq)
     if point.everyone and value.is_graph_output():
         value.name = f"{name}.float"
-        dq.name = name
+        dq.name, dq.shape, dq.type = name, value.shape, value.type
         for index, output in enumerate(owner.outputs):
             if output is value:
                 owner.outputs[index] = dq
