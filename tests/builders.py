@@ -59,11 +59,11 @@ def model(
     opset: int = 17,
     ir_version: int = 8,
     functions: Sequence[onnx.FunctionProto] = (),
-    **domains: int,
+    domains: Mapping[str, int] | None = None,
 ) -> onnx.ModelProto:
-    """A model. `domains`: further opset imports, with `_` for `.`."""
+    """A model. `domains`: further opset imports."""
     imports = [helper.make_opsetid("", opset)]
-    imports += [helper.make_opsetid(name.replace("_", "."), version) for name, version in domains.items()]
+    imports += [helper.make_opsetid(name, version) for name, version in (domains or {}).items()]
     made = helper.make_model(body, opset_imports=imports, functions=list(functions), ir_version=ir_version)
     made.producer_name = ""
     return made

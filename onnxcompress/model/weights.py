@@ -167,7 +167,10 @@ class Weight:
         return True
 
     def _tensor(self, new: Dense | Masked, tape: Tape) -> ir.TensorProtocol:
-        tensor = tape.tensor(new.tensor if isinstance(new, Dense) else new.values, self.value.name or "")
+        held = recognize.constant(self.value)
+        # A tensor in a Constant node keeps its name, mostly none: naming it would make the file larger.
+        name = (held.name or "") if held is not None and self.value.producer() is not None else self.value.name or ""
+        tensor = tape.tensor(new.tensor if isinstance(new, Dense) else new.values, name)
         tensor.metadata_props.pop(Masked.KEY, None)
         if isinstance(new, Masked) and recognize.plain(tensor, self.role in WEIGHT_ROLES).kind != Masked.kind:
             tensor.metadata_props[Masked.KEY] = "1"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -12,12 +14,12 @@ from onnxcompress.model.weights import Weight, weights
 from tests.builders import by_key, constant, floats, function, graph, info, model, node, opened, tensors
 
 
-def only(nodes: list[onnx.NodeProto], shape: tuple[int, ...], **domains: int) -> Weight:
+def only(nodes: list[onnx.NodeProto], shape: tuple[int, ...], domains: Mapping[str, int] | None = None) -> Weight:
     """The weight "w" of a graph of `nodes`; its inputs and outputs need no types to be traced."""
     body = graph(
         nodes, [info("x", ["n"]), info("ids", ["m"], TensorProto.INT64)], [info("y", ["k"])], tensors(w=floats(*shape))
     )
-    return by_key(opened(model(body, **domains)))["w"]
+    return by_key(opened(model(body, domains=domains)))["w"]
 
 
 def turned(w: str, shape: tuple[int, ...], perm: list[int]) -> list[onnx.NodeProto]:
@@ -131,10 +133,10 @@ def test_joined_with_what_is_computed_of_constants() -> None:
 
 
 def test_other_domains_mean_nothing_known() -> None:
-    weight = only([node("MatMul", ["x", "w"], ["y"], domain="acme")], (4, 5), acme=1)
+    weight = only([node("MatMul", ["x", "w"], ["y"], domain="acme")], (4, 5), {"acme": 1})
     assert weight.role == "other"
     assert weight.uses[0].op_type == "acme::MatMul"
-    fused = only([node("FusedConv", ["x", "w"], ["y"], domain="com.microsoft")], (4, 5, 3, 3), com_microsoft=1)
+    fused = only([node("FusedConv", ["x", "w"], ["y"], domain="com.microsoft")], (4, 5, 3, 3), {"com.microsoft": 1})
     assert (fused.role, fused.axis()) == ("conv", 0)
 
 
@@ -166,7 +168,7 @@ def test_calls_are_told_apart() -> None:
         [info("y", ["k"])],
         tensors(w=floats(5, 4), v=floats(5, 9)),
     )
-    keyed = by_key(opened(model(body, functions=[turn], test=1)))
+    keyed = by_key(opened(model(body, functions=[turn], domains={"test": 1})))
     assert [(use.op_type, use.output_axis) for use in keyed["w"].uses] == [("MatMul", 0)]
     assert [(use.op_type, use.output_axis) for use in keyed["v"].uses] == [("Gather", 0)]
 
@@ -177,7 +179,7 @@ def test_axes_through_a_function_that_multiplies() -> None:
     )
     nodes = [node("Transpose", ["w"], ["v"], perm=[1, 0]), node("Product", ["x", "v"], ["y"], domain="test")]
     body = graph(nodes, [info("x", ["n"])], [info("y", ["k"])], tensors(w=floats(4, 5)))
-    weight = by_key(opened(model(body, functions=[product], test=1)))["w"]
+    weight = by_key(opened(model(body, functions=[product], domains={"test": 1})))["w"]
     assert weight.axis() == 1  # turned twice
     assert [each.op_type for each in weight.uses[0].path] == ["Transpose", "Transpose"]
 
@@ -196,7 +198,7 @@ def test_functions_that_multiply_themselves() -> None:
     nodes = [node(f"F{depth}", ["x", "w"], ["y"], domain="test")]
     body = graph(nodes, [info("x", [4, 4])], [info("y", [4, 4])], tensors(w=floats(4, 4)))
     # The loader refuses such a bomb; the tracer must not hang on it either.
-    (weight,) = weights(ir.from_proto(model(body, functions=made, test=1)))
+    (weight,) = weights(ir.from_proto(model(body, functions=made, domains={"test": 1})))
     assert [use.op_type for use in weight.uses] == ["MatMul"]
 
 

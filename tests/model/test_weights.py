@@ -239,7 +239,7 @@ def function_body() -> Place:
         node("Inner", ["x"], ["q"], domain="test"),
         node("Add", ["p", "q"], ["y"]),
     ]
-    proto = model(graph(nodes, [XI], [YO]), functions=[inner, outer], test=1)
+    proto = model(graph(nodes, [XI], [YO]), functions=[inner, outer], domains={"test": 1})
     return Place(proto, {"x": X}, {"Inner/w": "matmul", "Outer/s": "other"})
 
 
@@ -255,7 +255,7 @@ def function_argument() -> Place:
         node("Add", ["p", "q"], ["y"]),
     ]
     inits = tensors(v=floats(5, 4, seed=7), w=floats(5, 4, seed=8))
-    proto = model(graph(calls, [XI], [YO], inits), functions=[turn, product], test=1)
+    proto = model(graph(calls, [XI], [YO], inits), functions=[turn, product], domains={"test": 1})
     return Place(proto, {"x": X}, {"v": "matmul", "w": "matmul"})
 
 
@@ -264,14 +264,20 @@ def function_output() -> Place:
     """A function that gives a weight of its body out."""
     made = function("Kernel", [], ["b"], [constant("w", W.T.copy()), node("Transpose", ["w"], ["b"], perm=[1, 0])])
     nodes = [node("Kernel", [], ["k"], domain="test"), node("MatMul", ["x", "k"], ["y"])]
-    return Place(model(graph(nodes, [XI], [YO]), functions=[made], test=1), {"x": X}, {"Kernel/w": "matmul"})
+    return Place(
+        model(graph(nodes, [XI], [YO]), functions=[made], domains={"test": 1}), {"x": X}, {"Kernel/w": "matmul"}
+    )
 
 
 @place
 def branch_in_a_function() -> Place:
     then, other = branch("t", W, "initializer"), branch("e", -W, "constant")
     made = function("Choose", ["c", "x"], ["b"], [node("If", ["c"], ["b"], then_branch=then, else_branch=other)])
-    proto = model(graph([node("Choose", ["c", "x"], ["y"], domain="test")], [COND, XI], [YO]), functions=[made], test=1)
+    proto = model(
+        graph([node("Choose", ["c", "x"], ["y"], domain="test")], [COND, XI], [YO]),
+        functions=[made],
+        domains={"test": 1},
+    )
     roles = {"Choose/b/then/w": "matmul", "Choose/b/else/w": "matmul"}
     return Place(proto, {"c": YES, "x": X}, roles)
 
@@ -280,7 +286,9 @@ def branch_in_a_function() -> Place:
 def older_function() -> Place:
     """A function of an older opset than the model's."""
     made = function("Product", ["a"], ["b"], [constant("w", W), node("MatMul", ["a", "w"], ["b"])], opset=13)
-    proto = model(graph([node("Product", ["x"], ["y"], domain="test")], [XI], [YO]), functions=[made], test=1)
+    proto = model(
+        graph([node("Product", ["x"], ["y"], domain="test")], [XI], [YO]), functions=[made], domains={"test": 1}
+    )
     return Place(proto, {"x": X}, {"Product/w": "matmul"})
 
 
@@ -503,7 +511,9 @@ def test_attributes_are_counted_and_left() -> None:
             coefficients=[float(v) for v in floats(12)], intercepts=[0.0, 1.0, 2.0], classlabels_ints=[0, 1, 2],
         ),
     ]  # fmt: skip
-    proto = model(graph(nodes, [XI], [info("label", [3], TensorProto.INT64), info("p", [3, 3])]), ai_onnx_ml=1)
+    proto = model(
+        graph(nodes, [XI], [info("label", [3], TensorProto.INT64), info("p", [3, 3])]), domains={"ai.onnx.ml": 1}
+    )
     keyed = by_key(opened(proto))
     assert {key: weight.nbytes for key, weight in keyed.items()} == {
         "std/offset": 16, "std/scale": 16, "clf/coefficients": 48, "clf/intercepts": 12
