@@ -61,4 +61,4 @@ class DynamicQuantization(Pass):
             run.progress.step()
         expanded.commit()
         run.progress.done()
-        return job.coverage
+        return job.finish()

@@ -97,7 +97,7 @@ class StaticQuantization(Pass):
         job.coverage.removed(before, [key for key in before if key not in known], "folded into a convolution")
         if job.target.note:
             job.coverage.warnings.append(job.target.note)
-        return job.coverage
+        return job.finish()
 
     def _lift(self, model: ir.Model, feeder: Iterable[Any], found: Sequence[Weight], job: Job) -> str:
         """Bring the model to an opset with per-channel Q/DQ; "" or the obstacle."""

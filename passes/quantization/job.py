@@ -28,6 +28,7 @@ class Job:
     min_elements: int
     max_error: float
     coverage: Coverage = dataclasses.field(default_factory=Coverage)
+    fixed: list[str] = dataclasses.field(default_factory=list)
 
     @classmethod
     def of(cls, model: ir.Model, run: Run, weights: str, per_channel: bool, min_elements: int, max_error: float) -> Job:
@@ -45,13 +46,22 @@ class Job:
         self.coverage.left.append(Left(weight.key, weight.nbytes, reason, detail))
 
     def touched(self, weight: Weight, before: int, after: int, error: float, detail: str) -> None:
-        """Account for a weight in its new form, and say so where a caller could have replaced it until now."""
+        """Account for a weight in its new form."""
         self.coverage.touched.append(Touched(weight.key, before, after, error, detail))
 
     def note_overridable(self, weight: Weight) -> None:
-        """Say that a weight the caller could replace becomes fixed. To be called before it is rewritten."""
+        """Remember that a weight the caller could replace becomes fixed. To be called before it is rewritten."""
         if weight.overridable:
-            self.coverage.warnings.append(f"{weight.key}: was also an input of the model and no longer is")
+            self.fixed.append(weight.key)
+
+    def finish(self) -> Coverage:
+        """The account, with what a user should know about all weights together."""
+        if len(self.fixed) == 1:
+            self.coverage.warnings.append(f"{self.fixed[0]}: was also an input of the model and no longer is")
+        elif self.fixed:
+            many = f"{len(self.fixed)} weights, {self.fixed[0]} among them,"
+            self.coverage.warnings.append(f"{many} were also inputs of the model and no longer are")
+        return self.coverage
 
     def count(self, rule: str, times: int = 1) -> None:
         """Count a rewrite."""
