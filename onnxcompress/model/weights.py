@@ -46,6 +46,7 @@ class Weight:
         attribute: tuple[ir.Node, str] | None = None,
         root: Scope | None = None,
         names: dict[int, set[str]] | None = None,
+        twins: tuple[ir.Value, ...] = (),
     ) -> None:
         self.model = model
         self.key = key
@@ -56,6 +57,7 @@ class Weight:
         self.attribute = attribute
         self._work = work
         self._names = names if names is not None else {}
+        self._twins = twins  # the same constants expanded again, for another consumer
         self._held: Encoding | None = None
         self._seen: weakref.ref[Codebook] | None = None
         self._facts: tuple[tuple[int, ...], np.dtype[Any], int] | None = None
@@ -185,7 +187,8 @@ class Weight:
             if old.is_graph_input():
                 owner.inputs.remove(old)
             owner.initializers.pop(name, None)
-        parts = _own_parts(node)
+        ends = [node, *(twin.producer() for twin in self._twins)] if node is not None else []
+        parts = _own_parts([end for end in ends if end is not None])
         for part in parts:
             if part.is_initializer() and isinstance(part.graph, ir.Graph):
                 part.graph.initializers.pop(part.name or "", None)
@@ -199,10 +202,12 @@ class Weight:
             fresh.shape, fresh.type = ir.Shape(new.shape), ir.TensorType(ir.DataType.from_numpy(new.dtype))
         fresh.metadata_props.update(old.metadata_props)
         tape.place(node)
-        old.replace_all_uses_with(fresh, replace_graph_outputs=True)
-        self.value = fresh
-        if node is not None:
-            owner.remove(node, safe=True)
+        for value in (old, *self._twins):
+            value.replace_all_uses_with(fresh, replace_graph_outputs=True)
+        self.value, self._twins = fresh, ()
+        for end in ends:
+            if end is not None:
+                owner.remove(end, safe=True)
         for part in parts:
             producer = part.producer()
             if producer is not None and producer.graph is not None:
@@ -230,13 +235,13 @@ class Weight:
         return recognize.plain(tensor, self.role in WEIGHT_ROLES)
 
 
-def _own_parts(node: ir.Node | None) -> list[ir.Value]:
-    """The constants that feed `node` alone; others may share a scale or zero point with other weights."""
-    values = {id(v): v for v in node.inputs if v is not None} if node is not None else {}
+def _own_parts(nodes: Sequence[ir.Node]) -> list[ir.Value]:
+    """The constants that feed `nodes` alone; others may share a scale or zero point with other weights."""
+    values = {id(v): v for node in nodes for v in node.inputs if v is not None}
     return [
         v
         for v in values.values()
-        if all(use.node is node for use in v.uses()) and not v.is_graph_output() and not v.is_graph_input()
+        if all(use.node in nodes for use in v.uses()) and not v.is_graph_output() and not v.is_graph_input()
     ]
 
 
@@ -258,12 +263,17 @@ def weights(model: ir.Model, work: pathlib.Path | None = None) -> list[Weight]:
     for path, owner, root in _all_scopes(model):
         values = list(_candidates(owner))
         floats = {value.name for value in values if not _is_integer(value)}
+        twins = _twins(owner)
         for value in values:
+            if id(value) in twins and twins[id(value)][0] is not value:
+                continue
             name = value.name or ""
             stem = recognize.stem_of(name) if _is_integer(value) else name
             # The integers "w.q" go by the name of the weight they stand for, unless that is still there.
             key = unique(path + (name if stem in floats else stem))
-            found.append(Weight(model, key, value, owner, tracer.uses(value, _shape(value)), work, None, root, names))
+            others = tuple(twins.get(id(value), ()))[1:]
+            uses = tuple(use for each in (value, *others) for use in tracer.uses(each, _shape(value)))
+            found.append(Weight(model, key, value, owner, uses, work, None, root, names, others))
         for node, name in _attributes(owner):
             key = unique(f"{path}{node.name or node.outputs[0].name}/{name}")
             found.append(
@@ -321,6 +331,20 @@ def _candidates(owner: Scope) -> Iterator[ir.Value]:
         elif recognize.integers(value) is not None:
             yield value
     yield from ends
+
+
+def _twins(owner: Scope) -> dict[int, list[ir.Value]]:
+    """Values that one and the same constants are expanded to, by the id of each; only where they are several.
+
+    Quantizers write a DequantizeLinear for each consumer of a tied weight.
+    """
+    groups: dict[tuple[Any, ...], list[ir.Value]] = {}
+    for node in owner:
+        if recognize.parts(node) is not None and not node.outputs[0].is_graph_output():
+            attributes = sorted((a.name, repr(a.value)) for a in node.attributes.values())
+            signature = (node.domain, node.op_type, tuple(id(v) for v in node.inputs), tuple(attributes))
+            groups.setdefault(signature, []).append(node.outputs[0])
+    return {id(value): group for group in groups.values() if len(group) > 1 for value in group}
 
 
 def _is_integer(value: ir.Value) -> bool:

@@ -212,6 +212,29 @@ def test_a_scale_that_is_a_weight_too() -> None:
     assert np.allclose(run(checked(found), {"x": x})[0], x @ np.tile(floats(5), (4, 1)) * floats(5), rtol=1e-5)
 
 
+def test_integers_expanded_for_each_consumer_are_one_weight() -> None:
+    """As quantizers write tied weights: an embedding and the last layer."""
+    nodes = [
+        node("DequantizeLinear", ["w.q", "s"], ["w"]),
+        node("Gather", ["w", "ids"], ["e"]),
+        node("DequantizeLinear", ["w.q", "s"], ["w2"]),
+        node("Transpose", ["w2"], ["t"], perm=[1, 0]),
+        node("MatMul", ["e", "t"], ["y"]),
+    ]
+    q = np.arange(28, dtype=np.int8).reshape(7, 4)
+    inits = tensors(w__q=q, s=np.array(0.5, np.float32))
+    body = graph(nodes, [info("ids", [2], TensorProto.INT64)], [info("y", [2, 7])], inits)
+    found = opened(model(body))
+    (weight,) = weights(found)
+    assert (weight.key, weight.nbytes) == ("w", 28 + 4)
+    assert {use.role for use in weight.uses} == {"embedding", "matmul"}
+    weight.replace(codebook(np.asarray(weight.array()), 28))
+    assert {each.op_type for each in found.graph} == {"Depalettize8", "Gather", "Transpose", "MatMul"}
+    assert set(found.graph.initializers) == {"w.codes", "w.codebook", "w.shape"}
+    ids, w = np.array([6, 1]), q * 0.5
+    assert np.allclose(run(checked(found), {"ids": ids})[0], w[ids] @ w.T, rtol=1e-6)
+
+
 @pytest.mark.parametrize("opset", [10, 13, 21])
 def test_forms_of_dequantize_linear(opset: int) -> None:
     """Constants from Constant nodes, a scale of one element, no zero point, an empty name for it, a negative axis."""
