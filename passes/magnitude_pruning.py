@@ -14,7 +14,14 @@ from onnxcompress.encodings import Masked, Sparse
 from onnxcompress.model.roles import WEIGHT_ROLES
 from onnxcompress.model.weights import Weight, weights
 from onnxcompress.numerics.error import relative_rms
-from onnxcompress.numerics.importance import Threshold, global_threshold, layer_mask, scale_of, threshold_mask
+from onnxcompress.numerics.importance import (
+    Threshold,
+    global_threshold,
+    lamp_scores,
+    layer_mask,
+    scale_of,
+    threshold_mask,
+)
 
 EMPTIED = 0.95  # a layer that loses more than this share is warned about
 SPARSE_OPSET = 11  # CumSum
@@ -26,12 +33,11 @@ class MagnitudePruning(Pass):
 
     1. Only weights of convolutions, matrix products, embeddings and recurrent cells are pruned.
     2. `scope: layer` takes the same share of every weight. `scope: global` takes the least of all of them together,
-    each divided by its
-       root mean square first (`normalize: rms`): one raw threshold empties layers whose weights are small.
+       made comparable first: by layer-adaptive scores (`normalize: lamp`), or by the weight's root mean square or
+       standard deviation. One raw threshold (`none`) empties layers whose weights are small.
     3. Weights that are zero already count towards the share, and stay zero.
-    4. `storage: masked` keeps the dense tensor (no smaller file, but it packs well and later passes and training keep
-    the zeros);
-       `storage: sparse` stores a bit mask and the non-zero values where that is smaller (opset 11).
+    4. `storage: masked` keeps the dense tensor (no smaller file, but it packs well, and later passes and training keep
+       the zeros); `storage: sparse` stores a bit mask and the non-zero values where that is smaller (opset 11).
     """
 
     name: ClassVar[str] = "magnitude-pruning"
@@ -40,8 +46,8 @@ class MagnitudePruning(Pass):
     scope: Literal["global", "layer"] = parameter(
         "global", "one threshold for all, or one a weight", choices=("global", "layer")
     )
-    normalize: Literal["rms", "std", "none"] = parameter(
-        "rms", "what each weight's magnitudes are divided by (scope global)", choices=("rms", "std", "none")
+    normalize: Literal["lamp", "rms", "std", "none"] = parameter(
+        "lamp", "what makes magnitudes comparable (scope global)", choices=("lamp", "rms", "std", "none")
     )
     storage: Literal["masked", "sparse"] = parameter(
         "masked", "dense with zeros, or a bit mask and the values left", choices=("masked", "sparse")
@@ -81,18 +87,26 @@ class MagnitudePruning(Pass):
 
     def _masks(self, chosen: list[Weight]) -> Iterator[tuple[Weight, np.ndarray]]:
         """Each weight with its mask (True: keep); weights whose share is overridden get their own threshold."""
-        overridden = {id(w): self.select.parameters(w) for w in chosen}
-        together = [w for w in chosen if self.scope == "global" and "sparsity" not in overridden[id(w)]]
-        scales = {id(w): scale_of(w.array(), self.normalize) for w in together}
+        own = {id(w): self.select.parameters(w) for w in chosen}
+        together = [w for w in chosen if self.scope == "global" and "sparsity" not in own[id(w)]]
         threshold = Threshold(0.0, 0)
         if together:
-            threshold = global_threshold(lambda: ((w.array(), scales[id(w)]) for w in together), self.sparsity)
+            threshold = global_threshold(lambda: (self._scores(w) for w in together), self.sparsity)
+        shared = {id(w) for w in together}
         for weight in chosen:
-            if id(weight) in scales:
-                mask, threshold = threshold_mask(weight.array(), threshold, scales[id(weight)])
+            if id(weight) in shared:
+                scores, scale = self._scores(weight)
+                mask, threshold = threshold_mask(scores, threshold, scale)
             else:
-                mask = layer_mask(weight.array(), float(overridden[id(weight)].get("sparsity", self.sparsity)))
+                mask = layer_mask(weight.array(), float(own[id(weight)].get("sparsity", self.sparsity)))
             yield weight, mask
+
+    def _scores(self, weight: Weight) -> tuple[np.ndarray, float]:
+        """What is compared between weights, and what it is divided by first."""
+        array = weight.array()
+        if self.normalize == "lamp":
+            return lamp_scores(array), 1.0
+        return array, scale_of(array, self.normalize)
 
     def _prune(self, weight: Weight, mask: np.ndarray, coverage: Coverage) -> None:
         array, before = weight.array(), weight.nbytes
