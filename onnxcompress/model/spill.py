@@ -28,8 +28,11 @@ def detach(model: ir.Model) -> None:
     for slot in bridge.slots(model):
         held = slot.tensor.raw if isinstance(slot.tensor, ir.Tensor) else None
         if isinstance(held, np.ndarray) and _is_mapped(held):
-            shape, name = ir.Shape(held.shape), slot.tensor.name
-            slot.put(ir.Tensor(np.array(held), dtype=slot.tensor.dtype, shape=shape, name=name))
+            fresh = ir.Tensor(
+                np.array(held), dtype=slot.tensor.dtype, shape=ir.Shape(held.shape), name=slot.tensor.name
+            )
+            fresh.metadata_props.update(slot.tensor.metadata_props)
+            slot.put(fresh)
 
 
 def _is_mapped(array: np.ndarray) -> bool:

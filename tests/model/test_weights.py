@@ -16,6 +16,7 @@ from onnxcompress.encodings import Affine, Dense, Masked, Sparse
 from onnxcompress.errors import PassError
 from onnxcompress.model.load import load
 from onnxcompress.model.save import save
+from onnxcompress.model.spill import detach
 from onnxcompress.model.weights import total, weights
 from tests.builders import (
     ENCODERS,
@@ -624,6 +625,19 @@ def test_large_arrays_wait_in_the_work_folder(kind: str, tmp_path: pathlib.Path)
     saved = save(found, tmp_path / "out.onnx").path
     (again,) = weights(load(saved))
     assert again.encoding.same(new)
+
+
+def test_a_mask_survives_the_end_of_the_work_folder(tmp_path: pathlib.Path) -> None:
+    array = floats(1000, 500)
+    array[3, 4] = 0
+    found = opened(holding(array))
+    (weight,) = weights(found, tmp_path)
+    weight.replace(Masked(array))
+    detach(found)
+    for file in tmp_path.iterdir():
+        file.unlink()
+    (again,) = weights(load(checked(found)))
+    assert again.encoding.same(Masked(array))
 
 
 def _base(array: np.ndarray) -> object:
