@@ -4,7 +4,7 @@ from setuptools import find_packages, setup
 
 setup(
     packages=[
-        *find_packages(include=["onnxcompress", "onnxcompress.*"], exclude=["onnxcompress.passes", "onnxcompress.passes.*"]),
+        *find_packages(include=["onnxcompress*"], exclude=["onnxcompress.passes*"]),
         "onnxcompress.passes",
         *(f"onnxcompress.passes.{name}" for name in find_packages("passes")),
     ],

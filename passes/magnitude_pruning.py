@@ -22,6 +22,7 @@ from onnxcompress.numerics.importance import (
     scale_of,
     threshold_mask,
 )
+from onnxcompress.numerics.transforms import is_transform
 
 EMPTIED = 0.95  # a layer that loses more than this share is warned about
 SPARSE_OPSET = 11  # CumSum
@@ -31,7 +32,8 @@ SPARSE_OPSET = 11  # CumSum
 class MagnitudePruning(Pass):
     """Set the given share of weights to zero (Han, Pool, Tran, Dally, 2015).
 
-    1. Only weights of convolutions, matrix products, embeddings and recurrent cells are pruned.
+    1. Only weights of convolutions, matrix products, embeddings and recurrent cells are pruned; fixed transforms in
+       their place (a Fourier basis, a filter bank) are left.
     2. `scope: layer` takes the same share of every weight. `scope: global` takes the least of all of them together,
        made comparable first: by layer-adaptive scores (`normalize: lamp`), or by the weight's root mean square or
        standard deviation. One raw threshold (`none`) empties layers whose weights are small.
@@ -77,6 +79,8 @@ class MagnitudePruning(Pass):
             return Reason.ALREADY_ENCODED, f"is stored as {weight.encoding.kind}; prune before sharing or quantizing"
         if weight.role not in WEIGHT_ROLES:
             return Reason.ROLE, f"{weight.role}: is no weight of a layer"
+        if is_transform(weight.array(), weight.axis()):
+            return Reason.ROLE, "a fixed transform (Fourier, filter bank), not learned"
         if weight.value.is_graph_output():
             return Reason.GRAPH_OUTPUT, "is itself an output"
         if not all(

@@ -15,6 +15,7 @@ from onnxcompress.encodings import Codebook
 from onnxcompress.model.roles import WEIGHT_ROLES
 from onnxcompress.model.weights import Weight, weights
 from onnxcompress.numerics.kmeans import kmeans1d, kmeans_rows
+from onnxcompress.numerics.transforms import is_transform
 
 # Mean squared error of k optimal levels for a normal distribution of variance 1 (Panter and Dite, 1951), roughly 2.72
 # / k^2.
@@ -26,9 +27,8 @@ NODE_BYTES = 90
 # networks and transformers at 4 bits: a convolution's error goes straight to the metric and its weights are few.
 GAIN_PER_BIT = {"conv": 0.3, "recurrent": 0.3, "gemm": 0.3}
 OTHER_GAIN_PER_BIT = 0.8
-# A convolution with long kernels over a one-channel signal is a transform (DFT, filter bank); its error reaches
-# everything behind it.
-FRONT_END_BITS, FRONT_END_KERNEL = 8, 32
+# A fixed transform in a weight's place (Fourier basis, filter bank) is exact for a reason: its error goes everywhere.
+TRANSFORM_BITS = 8
 LEAST_OTHER = 256  # elements from which a constant of no weight role is looked at, for an exact codebook
 
 
@@ -83,7 +83,7 @@ class WeightSharing(Pass):
         array = weight.array()
         if not np.isfinite(array).all():
             return Left(weight.key, weight.nbytes, Reason.NOT_FINITE, "holds NaN or Inf; mend the model or exclude it")
-        bits = max(chosen.bits, FRONT_END_BITS) if _is_front_end(weight) else chosen.bits
+        bits = max(chosen.bits, TRANSFORM_BITS) if is_transform(array, weight.axis()) else chosen.bits
         k = min(1 << bits, chosen.clusters or 256)
         exact = weight.role not in WEIGHT_ROLES
         encoding = _per_tensor(weight, array, k)
@@ -147,11 +147,6 @@ def _in_order(
         for start in range(0, len(found), threads):
             part = found[start : start + threads]
             yield from zip(part, list(pool.map(work, part)), strict=True)
-
-
-def _is_front_end(weight: Weight) -> bool:
-    shape = weight.shape
-    return weight.role == "conv" and len(shape) == 3 and shape[1] == 1 and shape[2] >= FRONT_END_KERNEL
 
 
 def _overhead(weight: Weight) -> int:

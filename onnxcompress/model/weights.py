@@ -1,9 +1,8 @@
 """The only door to a weight, wherever it hides.
 
 A weight is a floating-point constant of at least two elements that some operator consumes, or an encoding that decodes
-to one: an
-initializer or a Constant node, at the top level, in an If, Loop or Scan body, in a function, or in an attribute of an
-ai.onnx.ml operator.
+to one: an initializer or a Constant node, at the top level, in an If, Loop or Scan body, in a function, or in an
+attribute of an ai.onnx.ml operator.
 """
 
 from __future__ import annotations

@@ -72,6 +72,31 @@ def scale_of(array: Array, how: str = "none") -> float:
     return float(np.sqrt(square / values.size)) or 1.0
 
 
+def lamp_scores(array: Array) -> F32:
+    """Layer-adaptive magnitude scores: w^2 over the sum of squares of all elements of the tensor at least as large.
+
+    Comparable between tensors without further scaling: small tensors and those of one scale keep what they need, the
+    largest element of every tensor scores near 1. The sum is taken over bins of a relative width of 2^-8 (an element's
+    own bin counts whole), so no sorting is needed and the order within a tensor stays that of the magnitudes.
+    Lee, Park, Mo, Ahn, Shin, "Layer-adaptive sparsity for the magnitude-based pruning", 2021.
+
+    Raises:
+        ValueError: a magnitude is NaN or infinite.
+    """
+    values = flat(array)
+    squares = np.zeros(1 << 16)
+    for part in slices(values.size):
+        found = scores(values[part])
+        squares += np.bincount(found.view(np.uint32) >> LOW_BITS, np.square(found, dtype=np.float64), len(squares))
+    tail = np.cumsum(squares[::-1])[::-1]
+    result = np.empty(values.size, np.float32)
+    for part in slices(values.size):
+        found = scores(values[part])
+        behind = tail[found.view(np.uint32) >> LOW_BITS]
+        result[part] = np.square(found, dtype=np.float64) / np.where(behind > 0, behind, 1.0)
+    return result.reshape(array.shape)
+
+
 @dataclasses.dataclass
 class MagnitudeThreshold:
     """The magnitude below which a given share of all weights lies, exactly, over any number of tensors.

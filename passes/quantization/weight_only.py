@@ -10,7 +10,7 @@ from onnxcompress.model.roles import WEIGHT_ROLES
 from onnxcompress.model.weights import Weight
 from onnxcompress.numerics.affine import quantize_weight
 from onnxcompress.numerics.error import relative_rms
-from onnxcompress.passes.quantization.basis import is_transform
+from onnxcompress.numerics.transforms import is_transform
 from onnxcompress.passes.quantization.job import Job
 
 NODE_BYTES = 80  # a call node and the headers of its constants, beside their names

@@ -13,8 +13,8 @@ from onnxcompress.contract import Select
 from onnxcompress.errors import RecipeError
 from onnxcompress.model.load import load
 from onnxcompress.numerics.affine import pair_sum_bound
+from onnxcompress.numerics.transforms import is_transform
 from onnxcompress.passes.dynamic_quantization import DynamicQuantization
-from onnxcompress.passes.quantization.basis import is_transform
 from onnxcompress.passes.quantization.integers import conv_orders, per_channel
 from tests.builders import by_key, constant, floats, function, graph, info, model, node, run, tensors
 from tests.passes.quantized import decibel, details, executed, operators, quantized, reasons

@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 
 _LEAST_ROWS, _LEAST_LENGTH = 8, 32
+_MOST_ELEMENTS = 1 << 21  # a Fourier basis of 1,024 points; more is no front end, and would be costly to look at
 _LOBE = 2  # bins on either side of a windowed sinusoid's peak that hold its main lobe (Hann)
 _SHARE, _MOST = 0.95, 0.9  # energy within the lobe; share of rows that must have it
 
 
 def is_transform(array: np.ndarray, axis: int | None) -> bool:
     """True when the rows of `array` along its output axis are sinusoids, windowed or not, or a bank of triangles."""
-    if axis is None or array.ndim < 2:
+    if axis is None or array.ndim < 2 or array.size > _MOST_ELEMENTS:
         return False
     rows = np.moveaxis(array, axis, 0).reshape(array.shape[axis], -1).astype(np.float64)
     if rows.shape[0] < _LEAST_ROWS or rows.shape[1] < _LEAST_LENGTH or not np.isfinite(rows).all():
