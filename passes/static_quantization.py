@@ -10,11 +10,11 @@ import onnx_ir as ir
 
 from onnxcompress.contract import Coverage, Needs, Pass, Reason, Run, parameter
 from onnxcompress.errors import PassError
+from onnxcompress.lift import lift
 from onnxcompress.model.weights import Weight, weights
 from onnxcompress.passes.quantization import batchnorm
 from onnxcompress.passes.quantization.job import Job
 from onnxcompress.passes.quantization.layers import layers
-from onnxcompress.passes.quantization.opset import lift
 from onnxcompress.passes.quantization.rows import rows
 from onnxcompress.passes.quantization.static_layers import StaticLayers
 from onnxcompress.passes.quantization.weight_only import WeightOnly, refuse

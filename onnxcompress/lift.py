@@ -1,4 +1,4 @@
-"""Lifts a model to an opset with per-channel Q/DQ, where that is shown to change nothing."""
+"""Lifts a model to a newer opset, where that is shown to change nothing."""
 
 from __future__ import annotations
 
