@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import math
 import os
 import pathlib
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +19,10 @@ from onnxcompress.data.batch import Data
 from onnxcompress.data.preprocess import Preprocess
 from onnxcompress.data.source import open_data
 from onnxcompress.data.specs import input_specs
-from onnxcompress.errors import MetricError, NothingToDo
+from onnxcompress.errors import MetricError, ModelError, NothingToDo
 from onnxcompress.model import provenance
 from onnxcompress.model.load import Loadable, load, source_of
-from onnxcompress.model.save import Saved, save
+from onnxcompress.model.save import Saved, save, to_bytes
 from onnxcompress.model.sizes import payload_bytes, saved_bytes
 from onnxcompress.pipeline import Conditions, StepReport
 from onnxcompress.recipe import Recipe
@@ -112,14 +115,16 @@ def compress(
         NothingToDo: with `refuse_nothing`; the message says why.
         OnnxCompressError: anything else that is wrong with model, recipe, data or machine.
     """
-    chosen = Recipe.load([recipe] if isinstance(recipe, Pass) else recipe)
+    chosen = Recipe.load(recipe)
+    _check_question(evaluate, metric, output, max_drop)
     target = target or chosen.target or "cpu"
     seed = seed if seed is not None else chosen.seed or 0
     original = load(model)
-    feeds = _feeds(original, calibration, data_options)
-    scorer = _scorer(original, evaluate, metric, output, data_options, threads)
     source = source_of(original)
     before = source.bytes if source is not None else saved_bytes(original)
+    feeds = _feeds(original, calibration, data_options)
+    evaluation = _open(original, evaluate, data_options, last="fill") if evaluate is not None else None
+    scorer = _scorer(evaluation, metric, output, threads) if evaluation is not None else None
     conditions = Conditions(
         target=target,
         seed=seed,
@@ -130,26 +135,13 @@ def compress(
         progress=progress or Silent(),
         on_step=on_step,
     )
-    path = pathlib.Path(out) if out is not None else None
-    data_digest = feeds.digest() if feeds is not None and path is not None else ""
-    identity = {"data": data_digest, "seed": seed, "target": target, "prefer": conditions.prefer}
-    identity["parent"] = source.sha256 if source is not None and path is not None else ""
-    with workplace(path, identity, resume=resume) as place:
-        score_before = scorer(original) if scorer is not None else None
-        outcome = pipeline.run(pipeline.copy(original), chosen, conditions, place, resume=resume)
-        if refuse_nothing and not outcome.changed:
-            raise NothingToDo(nothing(outcome.steps))
-        done = Compressed(outcome.model, chosen, outcome.steps, before, before, score_before)
-        if path is None:
-            done.bytes_after = saved_bytes(outcome.model)
-            return _detached(done)
-        _sign(done, identity)
-        done.saved = save(outcome.model, path)
-        done.bytes_after = payload_bytes(path)
-    if evaluate is not None and metric is not None:
-        done.result = validate(
+
+    def judged(compressed: Loadable) -> Result | None:
+        if evaluation is None:
+            return None
+        return validate(
             model,
-            path,
+            compressed,
             data=evaluate,
             labels=data_options.labels,
             metric=metric,
@@ -162,7 +154,63 @@ def compress(
             batch=data_options.batch,
             limit=data_options.limit,
         )
+
+    path = pathlib.Path(out) if out is not None else None
+    digest = feeds.digest() if feeds is not None and path is not None else ""
+    identity: dict[str, Any] = {"data": digest, "seed": seed, "target": target, "prefer": conditions.prefer}
+    if path is not None:
+        identity["parent"] = _content(original) if isinstance(model, ir.Model) else source.sha256 if source else ""
+        identity["evaluation"] = [evaluation.digest() if evaluation is not None else "", _named(metric), output]
+        identity["batch"] = data_options.batch
+    with workplace(path, identity, resume=resume) as place:
+        score_before = conditions.score_before = scorer(original) if scorer is not None else None
+        outcome = pipeline.run(pipeline.copy(original), chosen, conditions, place, resume=resume)
+        if refuse_nothing and not outcome.changed:
+            raise NothingToDo(nothing(outcome.steps))
+        done = Compressed(outcome.model, chosen, outcome.steps, before, before, score_before)
+        if path is None:
+            done.bytes_after = saved_bytes(outcome.model)
+            done.result = judged(outcome.model)
+            return _detached(done)
+        in_place = source is not None and source.path is not None and path.exists() and path.samefile(source.path)
+        if in_place:  # once saved, there is nothing left to compare with
+            done.result = judged(outcome.model)
+            if done.result is not None and done.result.partial:
+                raise KeyboardInterrupt
+        _sign(done, source.sha256 if source is not None else str(identity["parent"]), digest, seed)
+        done.saved = save(outcome.model, path)
+        done.bytes_after = payload_bytes(path)
+    if not in_place:
+        done.result = judged(path)
     return done
+
+
+def _check_question(evaluate: Any, metric: Any, output: str | None, max_drop: float | None) -> None:
+    """Refuse a budget that nothing would be held to, before anything runs."""
+    if evaluate is not None and metric is None:
+        raise MetricError("evaluation data needs a metric: --metric accuracy, ... or file.py:function")
+    if evaluate is None and metric is not None:
+        raise MetricError(f"metric {_named(metric)} needs data: --eval DATA")
+    if evaluate is None and max_drop is not None:
+        raise MetricError("--max-drop is the budget of a metric: say which (--metric), and on what data (--eval)")
+    if evaluate is None and output is not None:
+        raise MetricError(
+            "--output is the output a metric reads: say which metric (--metric), and on what data (--eval)"
+        )
+    if max_drop is not None and not (math.isfinite(max_drop) and max_drop >= 0):
+        raise MetricError(f"--max-drop: wanted a number of at least 0, got {max_drop}")
+
+
+def _named(metric: Any) -> str:
+    return str(metric) if isinstance(metric, str | None) else getattr(metric, "__qualname__", type(metric).__qualname__)
+
+
+def _content(model: ir.Model) -> str:
+    """Digest of a model in memory, whatever it was loaded from; of one too large to serialize, never the same twice."""
+    try:
+        return hashlib.sha256(to_bytes(model)).hexdigest()
+    except ModelError:
+        return secrets.token_hex(32)
 
 
 def nothing(steps: Sequence[StepReport]) -> str:
@@ -181,38 +229,10 @@ def nothing(steps: Sequence[StepReport]) -> str:
     return f"{names}: can touch none of the {sum(counted.values())} weights: {told}"
 
 
-def _feeds(model: ir.Model, calibration: Any, options: DataOptions) -> Feeder | None:
-    if calibration is None:
-        return None
-    if isinstance(calibration, Data):
-        return calibration.feeds()
-    data = open_data(
-        calibration,
-        input_specs(model),
-        labels=options.labels,
-        mapping=options.mapping,
-        preprocess=options.preprocess,
-        batch=options.batch,
-        limit=options.limit,
-    )
-    return data.feeds()
-
-
-def _scorer(
-    model: ir.Model, data: Any, metric: Any, output: str | None, options: DataOptions, threads: int
-) -> Callable[[ir.Model], float] | None:
-    """A function that scores any model with the same inputs on the evaluation data."""
-    if metric is None and data is None:
-        return None
-    if metric is None:
-        raise MetricError("evaluation data needs a metric: --metric accuracy, ... or file.py:function")
-    from onnxcompress.runtime.session import open_session
-    from onnxcompress.validation.metrics import metric_named
-
-    if data is None:
-        raise MetricError(f"metric {metric} needs data: --eval DATA")
-    _, evaluator = metric_named(metric, output)
-    opened = open_data(
+def _open(model: ir.Model, data: Any, options: DataOptions, **settings: Any) -> Data:
+    if isinstance(data, Data):
+        return data
+    return open_data(
         data,
         input_specs(model),
         labels=options.labels,
@@ -220,17 +240,31 @@ def _scorer(
         preprocess=options.preprocess,
         batch=options.batch,
         limit=options.limit,
-        last="fill",
+        **settings,
     )
+
+
+def _feeds(model: ir.Model, calibration: Any, options: DataOptions) -> Feeder | None:
+    if calibration is None:
+        return None
+    return _open(model, calibration, options).feeds()
+
+
+def _scorer(data: Data, metric: Any, output: str | None, threads: int) -> Callable[[ir.Model], float]:
+    """A function that scores any model with the same inputs on the evaluation data."""
+    from onnxcompress.runtime.session import open_session
+    from onnxcompress.validation.metrics import metric_named
+
+    _, evaluator = metric_named(metric, output)
 
     def score(candidate: ir.Model) -> float:
         with open_session(candidate, threads=threads) as session:
-            return evaluator(session.run, opened).score()
+            return evaluator(session.run, data).score()
 
     return score
 
 
-def _sign(done: Compressed, identity: Mapping[str, Any]) -> None:
+def _sign(done: Compressed, parent: str, data: str, seed: int) -> None:
     """Write what the model was made from into its metadata: nothing that depends on time, place or threads."""
     import json
 
@@ -240,11 +274,11 @@ def _sign(done: Compressed, identity: Mapping[str, Any]) -> None:
         scores["after"] = last
     text = json.dumps([step.canonical() for step in done.recipe.steps], separators=(",", ":"))
     found = provenance.Provenance(
-        parent=str(identity["parent"]),
+        parent=parent,
         recipe=text,
-        data=str(identity["data"]),
+        data=data,
         versions=provenance.versions(),
-        seed=int(identity["seed"]),
+        seed=seed,
         metrics=scores,
     )
     provenance.write(done.model, found)

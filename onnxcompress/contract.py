@@ -103,6 +103,12 @@ class Select:
     exclude: Sequence[str] = ()
     overrides: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Take one pattern given as a string for a list of one; its letters are no patterns."""
+        for name in ("include", "exclude"):
+            given = getattr(self, name)
+            object.__setattr__(self, name, (given,) if isinstance(given, str) else tuple(given))
+
     def names(self, weight: Weight) -> list[str]:
         """The names by which a weight can be selected."""
         names = [weight.key]
@@ -204,8 +210,14 @@ class Pass:
         Raises:
             RecipeError: names the pass, the parameter and its bounds.
         """
-        for field in dataclasses.fields(self):
-            check_bounds(field, getattr(self, field.name), self.name)
+        fields = {field.name: field for field in dataclasses.fields(self)}
+        for name, field in fields.items():
+            check_bounds(field, getattr(self, name), self.name)
+        for pattern, values in self.select.overrides.items():
+            for key, value in values.items():
+                if key not in fields or key == "select":
+                    raise RecipeError(f"{self.name}: select: overrides: {pattern}: there is no parameter {key!r}")
+                check_bounds(fields[key], value, f"{self.name}: select: overrides: {pattern}")
 
     def apply(self, model: ir.Model, run: Run) -> Coverage:
         """Change `model` in place.
@@ -235,7 +247,13 @@ def check_bounds(field: dataclasses.Field[Any], value: Any, where: str) -> None:
         raise RecipeError(f"{where}: {field.name} must be one of {', '.join(map(str, choices))}, not {value!r}")
     for key, (words, holds) in _BOUNDS.items():
         bound = field.metadata.get(key)
-        if bound is not None and value is not None and not holds(value, bound):
+        if bound is None or value is None:
+            continue
+        try:
+            held = holds(value, bound)
+        except TypeError as error:
+            raise RecipeError(f"{where}: {field.name} must be a number, not {value!r}") from error
+        if not held:
             raise RecipeError(f"{where}: {field.name} must be {words} {bound}, not {value!r}")
 
 

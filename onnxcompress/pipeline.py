@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 import time
+import traceback
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,7 +27,10 @@ WORTH_KEEPING = 2.0  # seconds of work from which the model after a pass is stor
 
 @dataclasses.dataclass
 class StepReport:
-    """What one pass did. `skipped`: why its work was undone and the model left as it was before it."""
+    """What one pass did. `score_before`, `score`: of the model before and after it, where data and a metric were given.
+
+    `skipped`: why its work was undone and the model left as it was before it.
+    """
 
     name: str
     parameters: dict[str, Any]
@@ -33,6 +39,7 @@ class StepReport:
     bytes_after: int
     coverage: Coverage
     proof: Proof | None = None
+    score_before: float | None = None
     score: float | None = None
     skipped: str | None = None
     resumed: bool = False
@@ -62,6 +69,7 @@ class StepReport:
             "top1": self.proof.top1 if self.proof else None,
             "latency_ratio": self.proof.latency_ratio if self.proof else None,
             "inputs": self.proof.inputs if self.proof else None,
+            "score_before": self.score_before,
             "score": self.score,
             "skipped": self.skipped,
             "resumed": self.resumed,
@@ -82,6 +90,7 @@ class StepReport:
             bytes_before=stored["bytes_before"],
             bytes_after=stored["bytes_after"],
             coverage=Coverage(touched, left, stored["rewrites"], stored["warnings"]),
+            score_before=stored["score_before"],
             score=stored["score"],
             skipped=stored["skipped"],
             resumed=True,
@@ -111,6 +120,7 @@ class Conditions:
     prefer: str = "size"
     feeds: Feeder | None = None
     evaluate: Callable[[ir.Model], float] | None = None
+    score_before: float | None = None
     progress: Progress = dataclasses.field(default_factory=Silent)
     on_step: Callable[[StepReport], None] | None = None
 
@@ -147,7 +157,9 @@ def run(
                 _tell(conditions, step)
         for index in range(len(steps), len(recipe.steps)):
             last = index == len(recipe.steps) - 1
-            model, report = _one(model, recipe.steps[index], run_of, prover, last)
+            model, report = _one(model, recipe.steps[index], run_of, prover, _score(steps, conditions))
+            if last and prover.large:
+                _prove_large(model, [*steps, report], prover, run_of)
             steps.append(report)
             _tell(conditions, report)
             if not last and time.perf_counter() - start > WORTH_KEEPING:
@@ -166,32 +178,76 @@ def _tell(conditions: Conditions, step: StepReport) -> None:
         conditions.on_step(step)
 
 
-def _one(model: ir.Model, step: Step, run_of: Run, prover: Prover, last: bool) -> tuple[ir.Model, StepReport]:
+def _score(steps: list[StepReport], conditions: Conditions) -> float | None:
+    """The score of the model as it stands after `steps`."""
+    return next((step.score for step in reversed(steps) if step.score is not None), conditions.score_before)
+
+
+def _prove_large(model: ir.Model, steps: list[StepReport], prover: Prover, run_of: Run) -> None:
+    """Prove, once at the end, a model too large to be proved after each pass, whichever pass was the last to change it.
+
+    Raises:
+        PassError: it does not hold; all that was done is lost, since nobody knows which pass broke it.
+    """
+    changed = [step for step in steps if step.coverage.changed and step.skipped is None]
+    if not changed:
+        return
+    try:
+        changed[-1].proof = prover.prove(model)
+    except PassError as error:
+        raise PassError(f"{', '.join(step.name for step in changed)}: {error}") from error
+    if run_of.evaluate is not None:
+        changed[-1].score = run_of.evaluate(model)
+
+
+def _one(model: ir.Model, step: Step, run_of: Run, prover: Prover, score: float | None) -> tuple[ir.Model, StepReport]:
     """Run one step; returns the model to go on with (the one before it, if the step was undone) and its report."""
     start = time.perf_counter()
     before = {weight.key: weight.nbytes for weight in weights(model)}
     size = saved_bytes(model)
     backup = copy(model)
-    report = StepReport(step.name, parameters(step.run), 0.0, size, size, Coverage())
+    report = StepReport(step.name, parameters(step.run), 0.0, size, size, Coverage(), score_before=score)
     try:
-        report.coverage = step.run.apply(model, run_of)
+        report.coverage = _apply(step.run, model, run_of)
         functions.refresh(model)
         check_coverage(step.run, before, report.coverage)
         report.bytes_after = saved_bytes(model)
         if report.bytes_after > size:
             raise _Grew(f"would make the file larger ({size:,} -> {report.bytes_after:,} bytes)")
-        if report.coverage.changed and (last or not prover.large):
+        if report.coverage.changed and not prover.large:
             report.proof = prover.prove(model)
             if run_of.evaluate is not None:
                 report.score = run_of.evaluate(model)
     except _Grew as grew:
         model = _undo(backup, report, before, size, str(grew), Reason.TOO_SMALL)
-    except OnnxCompressError as error:
+    except MemoryError:
+        raise
+    except Exception as error:
+        known = error if isinstance(error, OnnxCompressError) else _surprise(error)
         if step.on_error == "stop":
-            raise type(error)(f"{step.name}: {error}") from error
-        model = _undo(backup, report, before, size, str(error), Reason.FAILED)
+            raise type(known)(f"{step.name}: {known}") from error
+        model = _undo(backup, report, before, size, str(known), Reason.FAILED)
     report.seconds = time.perf_counter() - start
     return model, report
+
+
+def _apply(the_pass: Pass, model: ir.Model, run_of: Run) -> Coverage:
+    """The pass's work.
+
+    Raises:
+        PassError: it needs a newer opset than the model's.
+    """
+    opset = model.opset_imports.get("", 1)
+    if opset < the_pass.needs.opset:
+        raise PassError(f"needs opset {the_pass.needs.opset}, the model has {opset}; convert or export it anew")
+    return the_pass.apply(model, run_of)
+
+
+def _surprise(error: Exception) -> PassError:
+    """What no pass should raise, as an error that says where it came from."""
+    at = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{pathlib.Path(at.filename).name}:{at.lineno}"
+    return PassError(f"raised {type(error).__name__}: {error} (at {where}; a bug of the pass)")
 
 
 class _Grew(Exception):
@@ -201,7 +257,7 @@ class _Grew(Exception):
 def _undo(
     backup: ir.Model, report: StepReport, before: dict[str, int], size: int, why: str, reason: Reason
 ) -> ir.Model:
-    report.skipped, report.bytes_after, report.proof = why, size, None
+    report.skipped, report.bytes_after, report.proof, report.score = why, size, None, None
     report.coverage = Coverage(
         left=[Left(key, count, reason, why) for key, count in before.items()], warnings=[f"undone: {why}"]
     )
@@ -217,8 +273,12 @@ def check_coverage(of: Pass, before: dict[str, int], coverage: Coverage) -> None
     """Every weight there was must be touched or left.
 
     Raises:
-        PassError: the pass lost count of a weight, or speaks of one there was not.
+        PassError: the pass lost count of a weight, tells two things of one, or speaks of one there was not.
     """
+    counted = Counter([t.key for t in coverage.touched] + [entry.key for entry in coverage.left])
+    twice = [key for key, count in counted.items() if count > 1]
+    if twice:
+        raise PassError(f"accounts for the weight {twice[0]!r} more than once (a bug of the pass)")
     told = coverage.keys()
     lost = [key for key in before if key not in told]
     if lost:

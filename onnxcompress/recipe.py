@@ -8,6 +8,7 @@ import importlib.resources
 import json
 import os
 import pathlib
+import reprlib
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -53,19 +54,23 @@ class Recipe:
     prefer: str | None = None
 
     @staticmethod
-    def load(source: str | os.PathLike[str] | Mapping[str, Any] | Sequence[Any] | Recipe) -> Recipe:
-        """A recipe from a built-in name, a YAML file, the mapping such a file holds, or a list of passes.
+    def load(source: str | os.PathLike[str] | Mapping[str, Any] | Sequence[Any] | Recipe | Pass) -> Recipe:
+        """A recipe from a built-in name, a YAML file, the mapping such a file holds, a list of passes, or one pass.
 
         Raises:
             RecipeError: one line that names the pass and key that is wrong, with a suggestion.
         """
         if isinstance(source, Recipe):
             return source
+        if isinstance(source, Pass):
+            source = [source]
         if isinstance(source, Mapping):
             return _from_mapping(source, "recipe")
-        if isinstance(source, Sequence) and not isinstance(source, str | os.PathLike):
+        if isinstance(source, str | os.PathLike):
+            return _from_mapping(*_read(source))
+        if isinstance(source, Sequence) and not isinstance(source, bytes):
             return _from_mapping({"passes": source}, "recipe")
-        return _from_mapping(*_read(source))
+        raise RecipeError(f"a recipe is a name, a file, a mapping or a list of passes, not {type(source).__name__}")
 
     def digest(self) -> str:
         """sha256 (hex) of the canonical steps."""
@@ -102,6 +107,11 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def _shown(value: Any) -> str:
+    """A value as a message quotes it: short, however often YAML aliases repeat it."""
+    return reprlib.repr(value)
+
+
 def _read(source: str | os.PathLike[str]) -> tuple[Any, str]:
     """The content of a recipe file or built-in recipe, and its name."""
     import yaml
@@ -111,7 +121,7 @@ def _read(source: str | os.PathLike[str]) -> tuple[Any, str]:
     path = pathlib.Path(text)
     if text in known:
         content = (importlib.resources.files("onnxcompress") / "recipes" / f"{text}.yaml").read_text(encoding="utf-8")
-    elif path.is_file():
+    elif os.path.isfile(path):  # False, where pathlib's raises, for a name no file can have
         try:
             content = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -125,6 +135,8 @@ def _read(source: str | os.PathLike[str]) -> tuple[Any, str]:
         return yaml.safe_load(content), path.stem if text not in known else text
     except yaml.YAMLError as error:
         raise RecipeError(f"{text}: is not YAML: {' '.join(str(error).split())}") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, a list a thousand deep
+        raise RecipeError(f"{text}: cannot be read as YAML: {error}") from error
 
 
 def _from_mapping(content: Any, name: str) -> Recipe:
@@ -133,15 +145,17 @@ def _from_mapping(content: Any, name: str) -> Recipe:
     for key in content:
         if key not in _KEYS:
             hint = registry.did_you_mean(str(key), _KEYS)
-            raise RecipeError(f"{name}: unknown key {key!r}{hint}; known: {', '.join(_KEYS)}")
+            raise RecipeError(f"{name}: unknown key {_shown(key)}{hint}; known: {', '.join(_KEYS)}")
     if content.get("version", VERSION) != VERSION:
-        raise RecipeError(f"{name}: version {content['version']!r} is not known; this program reads version {VERSION}")
+        raise RecipeError(
+            f"{name}: version {_shown(content['version'])} is not known; this program reads version {VERSION}"
+        )
     _choice(name, "target", content.get("target"), TARGETS)
     _choice(name, "prefer", content.get("prefer"), ("size", "speed"))
     _choice(name, "on_error", content.get("on_error"), ("stop", "skip"))
     seed = content.get("seed")
     if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or seed < 0):
-        raise RecipeError(f"{name}: seed must be a whole number from 0, not {seed!r}")
+        raise RecipeError(f"{name}: seed must be a whole number from 0, not {_shown(seed)}")
     passes = content.get("passes")
     if not isinstance(passes, Sequence) or isinstance(passes, str) or not passes:
         raise RecipeError(f"{name}: 'passes' must be a list of at least one pass")
@@ -153,7 +167,7 @@ def _from_mapping(content: Any, name: str) -> Recipe:
 def _choice(name: str, key: str, value: Any, allowed: Sequence[str]) -> None:
     if value is not None and value not in allowed:
         hint = registry.did_you_mean(str(value), allowed)
-        raise RecipeError(f"{name}: {key} must be one of {', '.join(allowed)}, not {value!r}{hint}")
+        raise RecipeError(f"{name}: {key} must be one of {', '.join(allowed)}, not {_shown(value)}{hint}")
 
 
 def _step(entry: Any, where: str, default: OnError) -> Step:
@@ -166,9 +180,11 @@ def _step(entry: Any, where: str, default: OnError) -> Step:
         name, given = next(iter(entry.items()))
         given = {} if given is None else given
     else:
-        raise RecipeError(f"{where}: write a pass as its name, or as `name: {{parameter: value}}`, not {entry!r}")
-    if not isinstance(given, Mapping) or not isinstance(name, str):
-        raise RecipeError(f"{where} ({name}): its parameters must be a mapping, not {given!r}")
+        raise RecipeError(f"{where}: write a pass as its name, or as `name: {{parameter: value}}`, not {_shown(entry)}")
+    if not isinstance(name, str):
+        raise RecipeError(f"{where}: a pass is named by a string, not {_shown(name)}")
+    if not isinstance(given, Mapping):
+        raise RecipeError(f"{where} ({name}): its parameters must be a mapping, not {_shown(given)}")
     given = dict(given)
     on_error = given.pop("on_error", default)
     _choice(f"{where} ({name})", "on_error", on_error, ("stop", "skip"))
@@ -195,15 +211,17 @@ def make_pass(kind: type[Pass], given: Mapping[str, Any], where: str) -> Pass:
     for key, value in given.items():
         if key not in fields:
             hint = registry.did_you_mean(str(key), fields)
-            raise RecipeError(f"{where}: unknown parameter {key!r}{hint}; known: {', '.join(sorted(fields))}")
+            raise RecipeError(f"{where}: unknown parameter {_shown(key)}{hint}; known: {', '.join(sorted(fields))}")
         if key == "select":
             values[key] = _select(value, where, kind)
             continue
         try:
-            values[key] = pydantic.TypeAdapter(types[key]).validate_python(value)
+            # `yes` and `no` are no numbers, though Python counts with them.
+            strict = True if isinstance(value, bool) else None
+            values[key] = pydantic.TypeAdapter(types[key]).validate_python(value, strict=strict)
         except pydantic.ValidationError as error:
             said = error.errors()[0]["msg"]
-            raise RecipeError(f"{where}: {key} = {value!r}: {said[0].lower()}{said[1:]}") from error
+            raise RecipeError(f"{where}: {key} = {_shown(value)}: {said[0].lower()}{said[1:]}") from error
         except pydantic.PydanticUserError as error:  # a third party's pass with an annotation pydantic cannot read
             raise RecipeError(f"{where}: {key}: its type cannot be checked: {error}") from error
         check_bounds(fields[key], values[key], where)
@@ -218,23 +236,25 @@ def _select(value: Any, where: str, kind: type[Pass]) -> Select:
     if isinstance(value, Select):
         return value
     if not isinstance(value, Mapping):
-        raise RecipeError(f"{where}: select must be a mapping with include, exclude or overrides, not {value!r}")
+        raise RecipeError(f"{where}: select must be a mapping with include, exclude or overrides, not {_shown(value)}")
     for key in value:
         if key not in ("include", "exclude", "overrides"):
             hint = registry.did_you_mean(str(key), ("include", "exclude", "overrides"))
-            raise RecipeError(f"{where}: select: unknown key {key!r}{hint}")
+            raise RecipeError(f"{where}: select: unknown key {_shown(key)}{hint}")
     patterns: dict[str, tuple[str, ...]] = {}
     for key in ("include", "exclude"):
         listed = value.get(key) or ()
         listed = (listed,) if isinstance(listed, str) else listed
         if not isinstance(listed, Sequence) or not all(isinstance(p, str) for p in listed):
-            raise RecipeError(f"{where}: select: {key} must be a list of patterns, not {listed!r}")
+            raise RecipeError(f"{where}: select: {key} must be a list of patterns, not {_shown(listed)}")
         patterns[key] = tuple(listed)
     overrides = value.get("overrides") or {}
     if not isinstance(overrides, Mapping) or not all(isinstance(v, Mapping) for v in overrides.values()):
-        raise RecipeError(f"{where}: select: overrides must map patterns to parameters, not {overrides!r}")
+        raise RecipeError(f"{where}: select: overrides must map patterns to parameters, not {_shown(overrides)}")
     checked: dict[str, Mapping[str, Any]] = {}
     for pattern, given in overrides.items():
+        if "select" in given:
+            raise RecipeError(f"{where}: select: overrides: {pattern}: a select inside a select has no meaning")
         made = make_pass(kind, given, f"{where}: select: overrides: {pattern}")
         checked[str(pattern)] = {key: getattr(made, key) for key in given}
     return Select(patterns["include"], patterns["exclude"], checked)

@@ -10,7 +10,7 @@ import importlib.metadata
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from onnxcompress.contract import Coverage, Left, Pass, Reason, Run, parameter
+from onnxcompress.contract import Coverage, Left, Pass, Reason, Run, Touched, parameter
 from onnxcompress.errors import PassError, RecipeError
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def load(name: str) -> type[Pass]:
         )
     try:
         found = entries[name].load()
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # a third party's module may fail in any way
         raise RecipeError(f"pass {name!r} ({entries[name].value}) cannot be imported: {error}") from error
     if not (isinstance(found, type) and issubclass(found, Pass)):
         raise RecipeError(f"pass {name!r} ({entries[name].value}) is not a subclass of onnxcompress.contract.Pass")
@@ -74,24 +74,31 @@ class Foreign(Pass):
         import onnx_ir.passes
 
         try:
-            found = getattr(importlib.import_module(module), name)()
+            found = getattr(importlib.import_module(module), name)
+            if not (isinstance(found, type) and issubclass(found, onnx_ir.passes.PassBase)):
+                raise RecipeError(f"{self.path!r} is not an onnx_ir pass")
+            return found()
         except (ImportError, AttributeError, TypeError) as error:
             raise RecipeError(f"{self.path!r} cannot be used: {error}") from error
-        if not isinstance(found, onnx_ir.passes.PassBase):
-            raise RecipeError(f"{self.path!r} is not an onnx_ir pass")
-        return found
 
     def apply(self, model: ir.Model, run: Run) -> Coverage:
         from onnxcompress.model.weights import weights
 
-        before = {w.key: w.nbytes for w in weights(model)}
         built = self.build()
         if not built.in_place:
             raise PassError(f"{self.path}: only in-place passes can stand in a recipe")
+        before = weights(model)
+        held = {weight.key: weight.value.const_value for weight in before}
+        sizes = {weight.key: weight.nbytes for weight in before}
         result = built(model)
-        after = {w.key for w in weights(model)}
-        gone = [k for k in before if k not in after]
         coverage = Coverage(rewrites={self.path.partition(":")[2]: int(result.modified)})
-        coverage.removed(before, gone, "removed by the pass")
-        coverage.left += [Left(k, n, Reason.UNTOUCHED) for k, n in before.items() if k in after]
+        after = {weight.key: weight for weight in weights(model)}
+        coverage.removed(sizes, [key for key in sizes if key not in after], "removed by the pass")
+        for key, size in sizes.items():
+            if key not in after:
+                continue
+            if after[key].value.const_value is held[key] and after[key].nbytes == size:
+                coverage.left.append(Left(key, size, Reason.UNTOUCHED))
+            else:
+                coverage.touched.append(Touched(key, size, after[key].nbytes, detail="stored anew by the pass"))
         return coverage

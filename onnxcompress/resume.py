@@ -30,8 +30,8 @@ class Workplace:
     """A folder `.<name of the output>.work` beside the output, or a temporary one.
 
     It holds spilled tensors, and after a pass the model and what the passes so far reported. A kill leaves it;
-    `--resume` goes on from
-    it if parent, recipe up to there, data, seed, target and versions are the same; any other run clears it.
+    `--resume` goes on from it if parent, recipe up to there, data, seed, target and versions are the same; any other
+    run clears it.
     """
 
     def __init__(self, folder: pathlib.Path, identity: Mapping[str, Any], temporary: bool = False) -> None:
@@ -89,7 +89,12 @@ class Workplace:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _key(self, recipe: Recipe, count: int) -> str:
-        what = {**self.identity, "recipe": recipe.prefix_digest(count), "versions": provenance.versions()}
+        what = {
+            **self.identity,
+            "recipe": recipe.prefix_digest(count),
+            "on_error": [step.on_error for step in recipe.steps[:count]],
+            "versions": provenance.versions(),
+        }
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
@@ -100,8 +105,12 @@ def workplace(out: pathlib.Path | None, identity: Mapping[str, Any], *, resume: 
     It is removed when the block ends well, or when nothing in it could be resumed.
 
     Raises:
-        SaveError: the folder cannot be made.
+        SaveError: the folder cannot be made, or the output could never be written.
     """
+    if out is not None and out.is_dir():
+        raise SaveError(f"{out}: is a folder; name a file in it")
+    if out is not None and not out.parent.is_dir():
+        raise SaveError(f"{out}: the folder {out.parent} does not exist; create it")
     if out is None:
         place = Workplace(pathlib.Path(tempfile.mkdtemp(prefix="onnxcompress-")), identity, temporary=True)
     else:

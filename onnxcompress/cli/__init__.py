@@ -50,9 +50,10 @@ class _Lazy(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
 
-@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_Lazy, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(onnxcompress.__version__, "-V", "--version", prog_name="onnxcompress")
-def group() -> None:
+@click.pass_context
+def group(ctx: click.Context) -> None:
     """Make an ONNX model smaller and faster, and prove that it is still right.
 
     \b
@@ -63,6 +64,9 @@ def group() -> None:
     Exit status: 0 done (and within the budget, if one was given); 1 done, but not shown to hold; 2 bad input or usage,
     nothing written.
     """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help(), err=True)
+        ctx.exit(2)
 
 
 def main() -> None:
@@ -82,6 +86,10 @@ def main() -> None:
         sys.exit(130)
     except MemoryError:
         click.echo("error: out of memory; close other programs or use a machine with more", err=True)
+        sys.exit(2)
+    except OSError as error:  # a full disk, a folder that went away: the machine's, not a bug
+        name = f"{error.filename}: " if error.filename else ""
+        click.echo(f"error: {name}{error.strerror or error}", err=True)
         sys.exit(2)
     except Exception as error:
         from onnxcompress.errors import OnnxCompressError

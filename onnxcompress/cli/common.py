@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import os
 import pathlib
 import sys
 import time
@@ -15,6 +17,7 @@ import click
 from onnxcompress.api import Compressed, DataOptions, compress
 from onnxcompress.contract import Pass, Progress, Select, Silent
 from onnxcompress.errors import DataError, OnnxCompressError
+from onnxcompress.model import durable
 from onnxcompress.pipeline import StepReport
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -104,15 +107,27 @@ class Report:
         """The JSON report, if one was asked for."""
         if self.json_file is None:
             return
+        text = json.dumps(plain(content), indent=1, allow_nan=False) + "\n"
         try:
-            self.json_file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            with durable.temporary(self.json_file) as temporary:
+                with durable.synced(temporary) as file:
+                    file.write(text.encode())
+                durable.replace(temporary, self.json_file)
         except OSError as error:
             raise OnnxCompressError(f"{self.json_file}: cannot be written: {error.strerror or error}") from error
 
-    def check(self) -> None:
-        """Refuse an unwritable `--json` before the work, not after it."""
-        if self.json_file is not None and not self.json_file.parent.is_dir():
+    def check(self, *others: pathlib.Path) -> None:
+        """Refuse a `--json` that cannot be written, or is one of the command's `others`, before the work."""
+        if self.json_file is None:
+            return
+        if self.json_file.is_dir():
+            raise OnnxCompressError(f"{self.json_file}: is a folder; name a file in it")
+        if not self.json_file.parent.is_dir():
             raise OnnxCompressError(f"{self.json_file}: the folder {self.json_file.parent} does not exist; create it")
+        if not os.access(self.json_file.parent, os.W_OK):
+            raise OnnxCompressError(f"{self.json_file}: the folder {self.json_file.parent} cannot be written")
+        if self.json_file.resolve() in [other.resolve() for other in others]:
+            raise OnnxCompressError(f"{self.json_file}: is also a model of this command; name another file for --json")
 
     def step(self, step: StepReport) -> None:
         """What one pass did."""
@@ -153,7 +168,8 @@ def _proof(step: StepReport) -> str:
     assert step.proof is not None
     words = []
     if step.score is not None:
-        words.append(f"score {step.score:.4f}")
+        before = f"{step.score_before:.4f} -> " if step.score_before is not None else ""
+        words.append(f"score {before}{step.score:.4f}")
     if step.proof.cosine is not None:
         words.append(f"cosine of the outputs {step.proof.cosine:.5f}")
     if step.proof.top1 is not None:
@@ -182,14 +198,17 @@ def run_compress(model: pathlib.Path, recipe: Any, report: Report, *, out: pathl
     """`compress` with progress and one report a step; says how to go on when it is interrupted."""
     from onnxcompress.resume import Workplace
 
-    report.check()
+    report.check(model, out)
+    shown = progress(report.quiet)
     try:
-        return compress(model, recipe, out=out, progress=progress(report.quiet), on_step=report.step, **options)
+        return compress(model, recipe, out=out, progress=shown, on_step=report.step, **options)
     except KeyboardInterrupt:
         state = Workplace(Workplace.folder_for(out), {})
         hint = "; the same command with --resume goes on from the last pass" if state.resumable else ""
         click.echo(f"interrupted, nothing was written{hint}", err=True)
         sys.exit(130)
+    finally:
+        shown.done()
 
 
 def finish(done: Compressed, report: Report) -> int:
@@ -211,6 +230,15 @@ def progress(quiet: bool) -> Progress:
     if quiet:
         return Silent()
     return _Bar() if sys.stderr.isatty() else _Lines()
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON can hold it: numbers that are not finite become null."""
+    if isinstance(value, dict):
+        return {key: plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class _Lines:
@@ -236,6 +264,8 @@ class _Lines:
 class _Bar:
     """A rich progress bar on stderr."""
 
+    _bar: Any = None
+
     def start(self, what: str, total: int) -> None:
         import rich.console
         import rich.progress
@@ -246,6 +276,7 @@ class _Bar:
             rich.progress.MofNCompleteColumn(),
             rich.progress.TimeRemainingColumn(),
         )
+        self.done()
         self._bar = rich.progress.Progress(*columns, console=rich.console.Console(stderr=True), transient=True)
         self._task = self._bar.add_task(what, total=total)
         self._bar.start()
@@ -254,4 +285,5 @@ class _Bar:
         self._bar.advance(self._task, count)
 
     def done(self) -> None:
-        self._bar.stop()
+        if self._bar is not None:
+            self._bar.stop()

@@ -17,7 +17,7 @@ from onnxcompress.inspection import Inspection, Port, inspect
 def command(model: pathlib.Path, json_file: pathlib.Path | None, quiet: bool, verbose: bool, **_: Any) -> int:
     """What MODEL is, where its bytes are, and what each pass could touch."""
     report = common.Report(json_file, quiet, verbose)
-    report.check()
+    report.check(model)
     found = inspect(model)
     report.write(found.to_json())
     for line in _lines(found, verbose):

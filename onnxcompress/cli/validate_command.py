@@ -47,7 +47,7 @@ def command(
     Exit status 0 for PASS; 1 for FAIL, INCONCLUSIVE, or a provider that did not run.
     """
     report = common.Report(json_file, quiet, verbose)
-    report.check()
+    report.check(original, compressed)
     data = common.reading(labels, mapping, preprocess, batch, limit)
     result = validate(
         original,
