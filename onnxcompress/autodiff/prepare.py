@@ -1,0 +1,222 @@
+"""Bring a model into the form the engine differentiates: one main graph of operators that have rules, with types known.
+
+In order: local functions are inlined; opsets 13 to 15 become 16 (ScatterElements with addition); constants move out of
+the bodies of If, Loop and Scan, where no weight could be reached; types and shapes are inferred; and an operator
+without a rule that is defined by other operators is replaced by its definition, ours (`definitions.py`) or the one in
+the ONNX standard (Attention, RotaryEmbedding, GroupNormalization, the losses and more).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import onnx
+import onnx_ir as ir
+
+from onnxcompress.autodiff.definitions import DEFINITIONS
+from onnxcompress.autodiff.rule import RULES, ZERO
+from onnxcompress.autodiff.tensor import Builder, graphs_of
+from onnxcompress.errors import ModelError
+from onnxcompress.model.shapes import shapes
+
+LEAST_OPSET = 13
+EMITTED_OPSET = 16
+
+
+def prepare(model: ir.Model, outputs: Sequence[str] = (), wrt: Sequence[str] = ()) -> None:
+    """Change `model` in place so that it can be differentiated; its outputs stay what they are.
+
+    `outputs`, `wrt`: names that must exist afterwards (values of the main graph).
+
+    Raises:
+        ModelError: the opset is below 13, a function cannot be inlined, or a name is no value of the main graph.
+    """
+    opset = model.opset_imports.get("", 1)
+    if opset < LEAST_OPSET:
+        raise ModelError(
+            f"the model has opset {opset}; gradients need {LEAST_OPSET} or later: convert it first "
+            "(onnx.version_converter)"
+        )
+    inline(model)
+    lift(model)
+    hoist(model)
+    infer(model)
+    while expand(model):
+        infer(model)
+    known = {value.name for value in _values(model.graph)}
+    for name in (*outputs, *wrt):
+        if name not in known:
+            raise ModelError(f"{name!r} is no value of the model's main graph")
+
+
+def inline(model: ir.Model) -> None:
+    """Replace every call of a local function by its body."""
+    if not model.functions:
+        return
+    try:
+        ir.passes.common.InlinePass()(model)
+    except Exception as error:
+        raise ModelError(f"a local function cannot be inlined: {error.__cause__ or error}") from error
+    model.graph.sort()
+
+
+def lift(model: ir.Model) -> None:
+    """Declare opset 16 for models of 13 to 15, in which every operator but RoiAlign means the same."""
+    if model.opset_imports[""] < EMITTED_OPSET:
+        for node in _nodes(model):
+            if node.op_type == "RoiAlign" and not node.domain:
+                node.attributes.setdefault(
+                    "coordinate_transformation_mode",
+                    ir.AttrString("coordinate_transformation_mode", "output_half_pixel"),
+                )
+        model.opset_imports[""] = EMITTED_OPSET
+        model.ir_version = max(model.ir_version or 0, 8)
+
+
+def hoist(model: ir.Model) -> None:
+    """Move initializers and Constant nodes of bodies to the main graph, where they can be seen and trained."""
+    names = Builder(model.graph, 0)
+    for body in list(_bodies(model.graph)):
+        for value in list(body.initializers.values()):
+            if value.is_graph_input() or value.const_value is None:
+                continue
+            _move(model.graph, names, value, value.const_value)
+        for node in list(body):
+            tensor = ir.convenience.get_const_tensor(node.outputs[0]) if node.op_type == "Constant" else None
+            if tensor is not None:
+                _move(model.graph, names, node.outputs[0], tensor)
+                if not node.outputs[0].uses():
+                    body.remove(node, safe=True)
+
+
+def _move(graph: ir.Graph, names: Builder, value: ir.Value, tensor: ir.TensorProtocol) -> None:
+    """A twin of `value` in the main graph takes over its uses; an output of its body stays one through Identity."""
+    body = value.graph
+    assert isinstance(body, ir.Graph)
+    name = str(value.name)
+    if value.is_initializer():
+        del body.initializers[name]
+    taken = name if name not in {v.name for v in _values(graph)} else names.name(name)
+    twin = ir.Value(name=taken, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=tensor.shape)
+    value.replace_all_uses_with(twin, replace_graph_outputs=False)
+    graph.register_initializer(twin)
+    for index, output in enumerate(body.outputs):
+        if output is value:
+            node = ir.Node("", "Identity", [twin], num_outputs=1)
+            node.outputs[0].name = names.name(f"{name}/out")
+            node.outputs[0].type, node.outputs[0].shape = value.type, value.shape
+            body.append(node)
+            body.outputs[index] = node.outputs[0]
+
+
+def infer(model: ir.Model) -> None:
+    """Write the inferred type and shape on every value of the main graph and the bodies."""
+    found = shapes(model)
+    for path, graph in _scoped(model):
+        for value in _values(graph):
+            info = found.get(f"{path}{value.name}")
+            if info is None:
+                continue
+            if value.dtype is None and info.dtype is not None:
+                value.dtype = info.dtype
+            if info.dims is not None:
+                value.shape = ir.Shape(info.dims)
+
+
+def expand(model: ir.Model) -> bool:
+    """Replace operators without a rule by their definitions, once around; True when there were any."""
+    changed = False
+    root = Builder(model.graph, model.opset_imports[""])
+    for graph in (model.graph, *_bodies(model.graph)):
+        for node in list(graph):
+            key = (node.domain, node.op_type)
+            if key in DEFINITIONS:
+                changed |= _define(root, graph, node)
+            elif key not in RULES and key not in ZERO:
+                changed |= _standard_definition(model, node)
+    if any(function.domain == _DOMAIN for function in model.functions.values()):
+        inline(model)
+    return changed
+
+
+def _define(root: Builder, graph: ir.Graph, node: ir.Node) -> bool:
+    """Put what `definitions` says in the place of `node`."""
+    scratch = root.inside(ir.Graph([], [], nodes=[]))
+    scratch.scope = node.name or str(node.outputs[0].name)
+    results = DEFINITIONS[node.domain, node.op_type](scratch, node)
+    if results is None:
+        return False
+    nodes = list(scratch.graph)
+    scratch.graph.remove(nodes)
+    pairs = [(y, r.value) for y, r in zip(node.outputs, results) if r is not None]
+    ir.convenience.replace_nodes_and_values(graph, node, [node], nodes, [y for y, _ in pairs], [r for _, r in pairs])
+    return True
+
+
+_DOMAIN = "onnxcompress.autodiff"
+
+
+def _standard_definition(model: ir.Model, node: ir.Node) -> bool:
+    """Turn `node` into a call of the function by which the ONNX standard defines it."""
+    if node.domain:
+        return False
+    opset = model.opset_imports[""]
+    try:
+        schema = onnx.defs.get_schema(node.op_type, opset, "")
+    except onnx.defs.SchemaError:
+        return False
+    proto = onnx.FunctionProto()
+    if schema.has_function:
+        proto.ParseFromString(schema.get_function_with_opset_version(opset))
+    elif schema.has_context_dependent_function:
+        types = []
+        for value in node.inputs:
+            kind = onnx.TypeProto()
+            if value is not None and value.type is not None:
+                ir.serde.serialize_type_into(kind, value.type)
+                if value.shape is not None:
+                    ir.serde.serialize_shape_into(kind, value.shape)
+            types.append(kind.SerializeToString())
+        call = ir.serde.serialize_node(node).SerializeToString()
+        proto.ParseFromString(schema.get_context_dependent_function_with_opset_version(opset, call, types))
+    else:
+        return False
+    name = f"{node.op_type}_{len(model.functions)}"
+    proto.domain, proto.name = _DOMAIN, name
+    del proto.opset_import[:]
+    proto.opset_import.add(domain="", version=opset)
+    function = ir.serde.deserialize_function(proto)
+    for attribute in schema.attributes.values():
+        if attribute.name not in node.attributes and attribute.default_value.type:
+            node.attributes.add(ir.serde.deserialize_attribute(attribute.default_value))
+    model.functions[function.identifier()] = function
+    model.opset_imports[_DOMAIN] = 1
+    node.domain, node.op_type = _DOMAIN, name
+    return True
+
+
+def _nodes(model: ir.Model) -> Iterator[ir.Node]:
+    yield from ir.traversal.RecursiveGraphIterator(model.graph)
+
+
+def _bodies(graph: ir.Graph) -> Iterator[ir.Graph]:
+    for node in graph:
+        for attribute in node.attributes.values():
+            for body in graphs_of(attribute):
+                yield body
+                yield from _bodies(body)
+
+
+def _scoped(model: ir.Model) -> Iterator[tuple[str, ir.Graph]]:
+    from onnxcompress.model.bridge import scopes
+
+    for path, owner in scopes(model):
+        if isinstance(owner, ir.Graph):
+            yield path, owner
+
+
+def _values(graph: ir.Graph) -> Iterable[ir.Value]:
+    yield from graph.inputs
+    yield from (v for v in graph.initializers.values() if not v.is_graph_input())
+    for node in graph:
+        yield from node.outputs

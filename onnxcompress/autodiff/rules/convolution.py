@@ -1,0 +1,117 @@
+"""Convolutions. The gradients of one are convolutions again; how they are written decides a training step's speed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from onnxcompress.autodiff.rule import Context, Grads, rule
+from onnxcompress.autodiff.rules.windows import Window, kernel_of
+from onnxcompress.autodiff.tensor import Size, Tensor
+
+WeightGradient = Callable[[Window, Tensor, Tensor, int, Tensor], Tensor]
+
+
+@rule("Conv")
+def conv(c: Context) -> Grads:
+    """Image: the transposed convolution of g. Weight: image and g correlated. Bias: g summed."""
+    x, w, g = c.x[0], c.x[1], c.g
+    window, group = Window(c, x, g, kernel_of(c, 1)), c.attr("group", 1)
+    dx = window.spread(g, w, group) if c.needs[0] else None
+    dw = weight_gradient(window, x, g, group, w) if c.needs[1] else None
+    return [dx, dw, bias_gradient(window, g)]
+
+
+@rule("ConvTranspose")
+def conv_transpose(c: Context) -> Grads:
+    """The mirror image of Conv: what was the image is the result, and the reverse."""
+    x, w, g = c.x[0], c.x[1], c.g
+    window, group = Window(c, g, x, kernel_of(c, 1)), c.attr("group", 1)
+    _transposed_padding(c, window)
+    if window.pads is None:
+        raise c.refuse("output_shape needs a known input size")
+    common = {"strides": window.strides, "dilations": window.dilations, "kernel_shape": window.kernel, "group": group}
+    dx = c.b.op("Conv", g, w, pads=window.pads, shape=x.shape, **common)
+    if any(o >= s for o, s in zip(c.attr("output_padding") or (), window.strides)):
+        dx = dx.slice(window.spatial, [0] * window.rank, [x.size(axis) for axis in window.spatial])
+    dw = weight_gradient(window, g, x, group, w) if c.needs[1] else None
+    return [dx, dw, bias_gradient(window, g)]
+
+
+def _transposed_padding(c: Context, window: Window) -> None:
+    """ConvTranspose derives its padding from the size it is to produce (auto_pad, output_shape)."""
+    auto, wanted = str(c.attr("auto_pad", "NOTSET")), c.attr("output_shape")
+    if not wanted and not auto.startswith("SAME"):
+        return
+    extra = c.attr("output_padding") or [0] * window.rank
+    for i, axis in enumerate(window.spatial):
+        size: Size = c.x[0].size(axis)
+        if wanted and not isinstance(size, int):
+            raise c.refuse("output_shape needs a known input size")
+        if wanted and isinstance(size, int):
+            total = window.strides[i] * (size - 1) + extra[i] + window.spans[i] - wanted[i]
+        else:
+            total = extra[i] + window.spans[i] - window.strides[i]
+        total = max(total, 0)
+        low, high = total // 2, total - total // 2
+        window.before[i], window.after[i] = (low, high) if auto == "SAME_UPPER" else (high, low)
+
+
+def bias_gradient(window: Window, g: Tensor) -> Tensor:
+    """g summed over batch and space."""
+    return g.sum(0, *window.spatial, keep=False)
+
+
+def by_taps(window: Window, image: Tensor, g: Tensor, group: int, w: Tensor) -> Tensor:
+    """One matrix product a kernel element: g [M, N L] times what that element sees [C, N L] transposed.
+
+    Channels go first once for all taps; each tap is then a slice and a product (a stack of products for groups).
+    """
+    b, m, per_group = window.b, w.size(0), w.size(1)
+    channels_first = [1, 0, *window.spatial]
+    rows = g.transpose(channels_first)
+    columns = window.pad(image).transpose(channels_first)
+    rows = rows.reshape([m, -1]) if group == 1 else rows.reshape([group, _share(m, group), -1])
+    taps = []
+    for place in window.places():
+        seen = window.tap(columns, place)
+        if group == 1:
+            tap = b.op("Gemm", rows, seen.reshape([per_group, -1]), transB=1, shape=(None, None))
+        else:
+            stack = b.op("Reshape", seen, b.ints([group, per_group, -1]), shape=(group, None, None))
+            tap = rows @ stack.swap()
+        taps.append(tap.reshape([m, per_group, 1]))
+    joined = taps[0] if len(taps) == 1 else b.op("Concat", *taps, axis=2)
+    return joined.reshape([m, per_group, *window.kernel])
+
+
+def by_convolution(window: Window, image: Tensor, g: Tensor, group: int, w: Tensor) -> Tensor:
+    """One convolution with the batch as its channels: image [C/G, G N, ...] by g [M, N, ...], strides and dilations
+    exchanged.
+    """
+    b, per_group = window.b, w.size(1)
+    kernels = g.transpose([1, 0, *window.spatial])
+    if group == 1:
+        swapped = image.transpose([1, 0, *window.spatial])
+    else:
+        sizes = [image.size(axis) for axis in window.spatial]
+        n = image.size(0)
+        split = b.op("Reshape", image, b.ints([n, group, per_group, *sizes]), shape=(None,) * (3 + window.rank))
+        turned = split.transpose([2, 1, 0, *(axis + 1 for axis in window.spatial)])
+        swapped = b.op("Reshape", turned, b.ints([per_group, -1, *sizes]), shape=(None,) * (2 + window.rank))
+    pads = window.pads
+    if pads is None:
+        swapped = window.pad(swapped)
+    common = {"strides": window.dilations, "dilations": window.strides, "group": group}
+    dw = b.op("Conv", swapped, kernels, pads=pads, shape=(None,) * (2 + window.rank), **common)
+    if any(stride > 1 for stride in window.strides):  # rows at the end that no window sees make it too large
+        dw = dw.slice(window.spatial, [0] * window.rank, window.kernel)
+    return dw.transpose([1, 0, *window.spatial])
+
+
+def _share(channels: Size, group: int) -> int:
+    return channels // group if isinstance(channels, int) else -1
+
+
+def weight_gradient(window: Window, image: Tensor, g: Tensor, group: int, w: Tensor) -> Tensor:
+    """The faster formulation for this kind of convolution (see benchmarks in FINDINGS)."""
+    return by_taps(window, image, g, group, w)

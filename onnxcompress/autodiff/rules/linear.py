@@ -1,0 +1,96 @@
+"""Matrix products."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from onnxcompress.autodiff.rule import Context, Grads, rule
+from onnxcompress.autodiff.tensor import Tensor
+
+
+@rule("MatMul")
+def matmul(c: Context) -> Grads:
+    """Y = A B: dA = G B^T, dB = A^T G, summed over the axes of a stack that was broadcast.
+
+    A matrix that multiplies a whole stack from the right, the usual weight, gets its gradient in one product: all rows
+    of the stack become rows of one tall matrix.
+    """
+    (a, b), g = c.x, c.g
+    rank_a, rank_b = c.rank(0), c.rank(1)
+    # Vectors become matrices, as the operator defines: a row on the left, a column on the right.
+    left = a.unsqueeze(0) if rank_a == 1 else a
+    right = b.unsqueeze(1) if rank_b == 1 else b
+    rank = max(rank_a, rank_b, 2)
+    if rank_b == 1:
+        g = g.unsqueeze(rank - 1 if rank_a > 1 else 0)
+    if rank_a == 1:
+        g = g.unsqueeze(rank - 2)
+    da = g @ right.swap()
+    if right.rank == 2:
+        tall, rows = left.reshape([-1, left.size(-1)]), g.reshape([-1, right.size(-1)])
+        db = c.b.op("Gemm", tall, rows, transA=1, shape=right.shape) if c.needs[1] else None
+    else:
+        db = (left.swap() @ g).unbroadcast(right) if c.needs[1] else None
+    da = da.unbroadcast(left)
+    return [da.reshape_like(a), None if db is None else db.reshape_like(b)]
+
+
+@rule("Gemm")
+def gemm(c: Context) -> Grads:
+    """Y = alpha A' B' + beta C, where A' and B' may be transposed."""
+    a, b, g = c.x[0], c.x[1], c.g
+    ta, tb, alpha, beta = c.attr("transA", 0), c.attr("transB", 0), c.attr("alpha", 1.0), c.attr("beta", 1.0)
+
+    def product(left: Tensor, right: Tensor, trans_left: int, trans_right: int) -> Tensor:
+        return c.b.op("Gemm", left, right, alpha=alpha, transA=trans_left, transB=trans_right)
+
+    da = product(b, g, tb, 1) if ta else product(g, b, 0, 1 - tb)
+    db = product(g, a, 1, ta) if tb else product(a, g, 1 - ta, 0)
+    dc = None
+    if c.has(2):
+        dc = (g * beta if beta != 1 else g).unbroadcast(c.x[2])
+    return [da, db, dc]
+
+
+@rule("Einsum")
+def einsum(c: Context) -> Grads:
+    """The gradient of a term is the sum over the others times g, with the term's own labels as the result."""
+    terms, result = _equation(c)
+    found: list[Tensor | None] = []
+    for index, term in enumerate(terms):
+        others = [t for i, t in enumerate(terms) if i != index]
+        # A label no other term has was summed away on its own: the gradient does not depend on it.
+        present = [label for label in term if label in result or any(label in t for t in others)]
+        equation = ",".join([result, *others]) + "->" + "".join(present)
+        operands = [c.g, *(x for i, x in enumerate(c.x) if i != index)]
+        d = c.b.op("Einsum", *operands, equation=equation, shape=(None,) * len(present))
+        d = d.unsqueeze(*(i for i, label in enumerate(term) if label not in present))
+        found.append(d.expand_like(c.x[index]) if len(present) < len(term) else d)
+    return found
+
+
+def _equation(c: Context) -> tuple[list[str], str]:
+    """The labels of each term and of the result, an ellipsis written out."""
+    equation = str(c.attr("equation", "")).replace(" ", "")
+    left, arrow, result = equation.partition("->")
+    terms = left.split(",")
+    if not arrow:
+        letters = sorted(x for x in set(left) - {",", "."} if left.count(x) == 1)
+        result = ("..." if "..." in left else "") + "".join(letters)
+    if "..." in equation:
+        terms, result = _without_ellipsis(c, terms, result)
+    if any(len(set(term)) < len(term) for term in terms):
+        raise c.refuse("a label that stands twice in one term (a diagonal) has no rule")
+    return terms, result
+
+
+def _without_ellipsis(c: Context, terms: Sequence[str], result: str) -> tuple[list[str], str]:
+    free = [x for x in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if not any(x in t for t in (*terms, result))]
+    ranks = [c.rank(i) - len(t.replace("...", "")) for i, t in enumerate(terms) if "..." in t]
+    if len(set(ranks)) > 1:
+        raise c.refuse("an ellipsis of different ranks has no rule; write the axes out")
+    letters = "".join(free[: ranks[0]])
+    shapes = {x.shape[: ranks[0]] if x.shape else None for x, t in zip(c.x, terms) if t.startswith("...")}
+    if len(shapes) > 1:
+        raise c.refuse("an ellipsis that broadcasts has no rule; expand the operand first")
+    return [t.replace("...", letters) for t in terms], result.replace("...", letters)

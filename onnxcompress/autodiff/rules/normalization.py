@@ -1,0 +1,119 @@
+"""Normalizations and softmax."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from onnxcompress.autodiff.rule import Context, Grads, rule
+from onnxcompress.autodiff.tensor import Tensor
+
+
+def normalized_gradient(g: Tensor, normal: Tensor, inverse: Tensor, axes: list[int]) -> Tensor:
+    """dx for normal = (x - mean) * inverse: inverse * (g - mean(g) - normal * mean(g normal)), all over `axes`."""
+    return inverse * (g - g.mean(*axes) - normal * (g * normal).mean(*axes))
+
+
+@rule("BatchNormalization")
+def batch_normalization(c: Context) -> Grads:
+    """Inference form, also with respect to the statistics, so that statistics of a batch can be put in their place.
+
+    training_mode 1 never comes here: `definitions` spells it out, because ONNX Runtime 1.32 would overwrite the running
+    mean it is given.
+    """
+    x, scale, _, mean, var = c.x
+    g, axes = c.g, [0, *range(2, c.rank())]
+    along = [1, -1, *[1] * (c.rank() - 2)]
+
+    def channel(t: Tensor) -> Tensor:
+        return t.reshape(along).cast(g.dtype)
+
+    inverse = 1 / (var + c.attr("epsilon", 1e-5)).map("Sqrt")
+    factor = scale * inverse.cast(scale.dtype)
+    total = g.sum(*axes, keep=False)
+    with_x = (g * (x - channel(mean))).sum(*axes, keep=False).cast(inverse.dtype)
+    return [
+        g * channel(factor),
+        (with_x * inverse).cast(scale.dtype),
+        total.cast(scale.dtype),
+        -(total * factor).cast(mean.dtype),
+        (with_x * factor * inverse * inverse * -0.5).cast(var.dtype),
+    ]
+
+
+@rule("LayerNormalization")
+def layer_normalization(c: Context) -> Grads:
+    """The forward node is made to give its mean and inverse deviation."""
+    c.only()
+    x, scale, g, rank = c.x[0], c.x[1], c.g, c.rank()
+    axis = c.axis(-1)
+    axes = list(range(axis, rank))
+    mean, inverse = (c.output(i, ir.DataType.FLOAT).cast(x.dtype) for i in (1, 2))
+    normal = (x - mean) * inverse
+    normal.value.shape = x.value.shape
+    bias = g.unbroadcast(c.x[2]) if c.has(2) else None
+    return [normalized_gradient(g * scale, normal, inverse, axes), (g * normal).unbroadcast(scale), bias]
+
+
+@rule("InstanceNormalization")
+def instance_normalization(c: Context) -> Grads:
+    x, scale, _ = c.x
+    g, rank = c.g, c.rank()
+    axes = list(range(2, rank))
+    centred = x - x.mean(*axes)
+    inverse = 1 / ((centred * centred).mean(*axes) + c.attr("epsilon", 1e-5)).map("Sqrt")
+    normal = centred * inverse
+    per_channel = scale.reshape([1, -1, *[1] * (rank - 2)])
+    over = [0, *axes]
+    return [
+        normalized_gradient(g * per_channel, normal, inverse, axes),
+        (g * normal).sum(*over, keep=False),
+        g.sum(*over, keep=False),
+    ]
+
+
+@rule("RMSNormalization")
+def rms_normalization(c: Context) -> Grads:
+    """y = x r scale, r = 1 / sqrt(mean x^2 + epsilon): dx = r (h - n mean(h n)) with n = x r, h = g scale."""
+    x, scale, g = c.x[0], c.x[1], c.g
+    axes = list(range(c.axis(-1), c.rank()))
+    inverse = 1 / ((x * x).mean(*axes) + c.attr("epsilon", 1e-5)).map("Sqrt")
+    normal = x * inverse
+    h = g * scale
+    return [inverse * (h - normal * (h * normal).mean(*axes)), (g * normal).unbroadcast(scale)]
+
+
+@rule("LRN")
+def lrn(c: Context) -> Grads:
+    """y_i = x_i s_i^-b, s = bias + a/n times the sum of x^2 over neighbouring channels (Krizhevsky et al. 2012)."""
+    n, x = c.attr("size"), c.x[0]
+    alpha, beta, bias = c.attr("alpha", 1e-4), c.attr("beta", 0.75), c.attr("bias", 1.0)
+    before, after = (n - 1) // 2, n - 1 - (n - 1) // 2
+    s = bias + alpha / n * _neighbours(c, x * x, before, after)
+    shared = _neighbours(c, c.g * c.y[0] / s, after, before)
+    return [c.g * s**-beta - 2 * alpha * beta / n * x * shared]
+
+
+def _neighbours(c: Context, t: Tensor, before: int, after: int) -> Tensor:
+    """The sum over `before` channels ahead of each one, itself, and `after` behind it."""
+    rank = c.rank()
+    pads = [0] * (2 * rank)
+    pads[1], pads[rank + 1] = before, after
+    padded = c.b.op("Pad", t, c.b.ints(pads), shape=(None,) * rank)
+    channels = c.b.ints([c.x[0].size(1)])
+    parts = [padded.slice([1], [i], [channels + i]) for i in range(before + after + 1)]
+    for part in parts:
+        part.value.shape = c.x[0].value.shape
+    return c.b.sum(parts)
+
+
+@rule("Softmax")
+def softmax(c: Context) -> Grads:
+    """y (g - sum(g y))."""
+    axis, y = c.axis(-1), c.y[0]
+    return [y * (c.g - (c.g * y).sum(axis))]
+
+
+@rule("LogSoftmax")
+def log_softmax(c: Context) -> Grads:
+    """g - exp(y) sum(g)."""
+    return [c.g - c.y[0].map("Exp") * c.g.sum(c.axis(-1))]

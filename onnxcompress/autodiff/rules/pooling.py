@@ -1,0 +1,120 @@
+"""Pooling: a window's gradient goes to its largest element, or in shares to all of them."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from onnxcompress.autodiff.rule import Context, Grads, rule
+from onnxcompress.autodiff.rules.positions import add_at
+from onnxcompress.autodiff.rules.windows import Window, kernel_of
+from onnxcompress.autodiff.tensor import Size, Tensor
+
+
+@rule("MaxPool")
+def max_pool(c: Context) -> Grads:
+    """To the position the operator itself reports; windows that overlap add up there."""
+    c.only()
+    if c.attr("storage_order", 0):
+        raise c.refuse("column-major indices (storage_order 1) have no rule")
+    positions = c.output(1, ir.DataType.INT64)
+    window = Window(c, c.x[0], c.g, kernel_of(c))
+    overlap = any(span > stride for span, stride in zip(window.spans, window.strides))
+    return [add_at(c, c.x[0], positions, c.g, overlap)]
+
+
+@rule("AveragePool")
+def average_pool(c: Context) -> Grads:
+    """Equal shares to all elements of the window; padding takes its share where it was counted."""
+    x, g = c.x[0], c.g
+    window = Window(c, x, g, kernel_of(c))
+    counted = bool(c.attr("count_include_pad", 0))
+    ceil = bool(c.attr("ceil_mode", 0))
+    if not window.padded and not ceil:
+        return [_spread(window, g, 1 / window.volume)]
+    if counted and not ceil:
+        return [_spread(window, g, 1 / window.volume)]
+    return [_spread(window, g / _counts(window, x, counted, ceil), 1.0)]
+
+
+@rule("LpPool")
+def lp_pool(c: Context) -> Grads:
+    """y = (sum |x|^p)^(1/p): x |x|^(p-2) times the windows' g y^(1-p)."""
+    x, y, p = c.x[0], c.y[0], c.attr("p", 2)
+    window = Window(c, x, c.g, kernel_of(c))
+    if bool(c.attr("ceil_mode", 0)):
+        _stretch(window)
+    return [_spread(window, c.g * _power(y, 1 - p), 1.0) * _signed_power(x, p - 1)]
+
+
+@rule("GlobalLpPool")
+def global_lp_pool(c: Context) -> Grads:
+    p = c.attr("p", 2)
+    return [c.g * _power(c.y[0], 1 - p) * _signed_power(c.x[0], p - 1)]
+
+
+@rule("GlobalAveragePool")
+def global_average_pool(c: Context) -> Grads:
+    x = c.x[0]
+    return [(c.g / x.count(range(2, c.rank()))).expand_like(x)]
+
+
+@rule("GlobalMaxPool")
+def global_max_pool(c: Context) -> Grads:
+    """Shared equally among the elements that hold the maximum."""
+    winners = c.x[0].equals(c.y[0]).cast(c.g.dtype)
+    return [c.g / winners.sum(*range(2, c.rank())) * winners]
+
+
+def _power(t: Tensor, exponent: float) -> Tensor:
+    return t if exponent == 1 else t**exponent
+
+
+def _signed_power(t: Tensor, exponent: float) -> Tensor:
+    return t if exponent == 1 else t.map("Sign") * _power(t.map("Abs"), exponent)
+
+
+def _spread(window: Window, g: Tensor, share: float) -> Tensor:
+    """Every window's value times `share` to each of its elements."""
+    return window.spread(window.channelwise(g), window.ones(share, g)).reshape_like(window.image)
+
+
+def _stretch(window: Window) -> None:
+    """Count the part of the last window that ceil_mode lets hang over as padding."""
+    b = window.b
+    for i, axis in enumerate(window.spatial):
+        size, windows = window.image.size(axis), window.result.size(axis)
+        before = window.before[i]
+        if isinstance(size, int) and isinstance(windows, int) and isinstance(before, int):
+            reach: Size = (windows - 1) * window.strides[i] + window.spans[i]
+            window.after[i] = max(reach - size - before, 0)
+        else:
+            last = (b.ints([windows]) - 1) * window.strides[i] + window.spans[i]
+            window.after[i] = b.op("Max", last - b.ints([size]) - b.ints([before]), b.ints([0]))
+
+
+def _counts(window: Window, x: Tensor, counted: bool, ceil: bool) -> Tensor:
+    """How many elements each window averaged [1, 1, ...]: a convolution of ones by ones."""
+    b = window.b
+    sizes = b.ints([1, 1, *(x.size(axis) for axis in window.spatial)])
+    ones = b.op("Expand", b.constant(1, x.dtype), sizes, shape=(1, 1, *[None] * window.rank))
+    if counted:  # the declared padding counts, the overhang does not
+        pads = b.ints([0, 0, *window.before, 0, 0, *window.after])
+        ones = b.op("Pad", ones, pads, b.constant(1, x.dtype), shape=(1, 1, *[None] * window.rank))
+        declared = list(window.after)
+        if ceil:
+            _stretch(window)
+        room = [_at_least_zero(now - was) for now, was in zip(window.after, declared)]
+        if any(not isinstance(size, int) or size > 0 for size in room):
+            ones = b.op("Pad", ones, b.ints([0, 0, *[0] * window.rank, 0, 0, *room]))
+    else:
+        if ceil:
+            _stretch(window)
+        ones = window.pad(ones)
+    common = {"strides": window.strides, "dilations": window.dilations, "kernel_shape": window.kernel}
+    return b.op("Conv", ones, window.ones(1.0, x), shape=(1, 1, *[None] * window.rank), **common)
+
+
+def _at_least_zero(size: Size) -> Size:
+    if isinstance(size, int):
+        return max(size, 0)
+    return size.b.op("Max", size, size.b.ints([0]))

@@ -1,0 +1,122 @@
+"""Reductions: a gradient is spread back over the axes that were reduced away."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from onnxcompress.autodiff.rule import Context, Grads, rule
+from onnxcompress.autodiff.tensor import Operand, Tensor
+
+
+class Reduced:
+    """The axes a reduction went over, whichever form its opset gives them."""
+
+    def __init__(self, c: Context) -> None:
+        self.c = c
+        self.keep = bool(c.attr("keepdims", 1))
+        given = c.attr("axes")
+        self.dynamic: Tensor | None = None  # axes known at run time only
+        if c.has(1):
+            constant = c.constant(1)
+            given = None if constant is None else constant.reshape(-1).tolist()
+            self.dynamic = c.x[1] if constant is None else None
+        self.nothing = not given and self.dynamic is None and bool(c.attr("noop_with_empty_axes", 0))
+        self.axes: Sequence[int] | None = None  # None: all of them, or not known
+        if given:
+            self.axes = sorted(int(axis) % c.rank() for axis in given)
+
+    def kept(self, t: Tensor) -> Tensor:
+        """`t`, shaped like the output, with the reduced axes of size 1, so that it broadcasts against the input."""
+        if self.keep or self.nothing:
+            return t
+        if self.dynamic is not None:
+            return self.c.b.op("Unsqueeze", t, self.dynamic)
+        return t if self.axes is None else t.unsqueeze(*self.axes)
+
+    def count(self) -> Operand:
+        """How many elements were reduced to one."""
+        x, y = self.c.x[0], self.c.y[0]
+        if self.nothing:
+            return 1
+        if self.dynamic is None and (self.axes is not None or x.rank is not None):
+            return x.count(self.axes if self.axes is not None else range(x.rank or 0))
+        sizes = [self.c.b.op("Size", t, shape=()).cast(x.dtype) for t in (x, y)]
+        return sizes[0] / sizes[1]
+
+    def sum(self, t: Tensor) -> Tensor:
+        """The sum of `t`, shaped like the input, over the reduced axes, which stay with size 1."""
+        if self.nothing:
+            return t
+        if self.dynamic is not None:
+            return self.c.b.op("ReduceSum", t, self.dynamic, keepdims=1)
+        return t.sum(*(self.axes or ()))
+
+
+@rule("ReduceSum")
+def reduce_sum(c: Context) -> Grads:
+    return [Reduced(c).kept(c.g).expand_like(c.x[0])]
+
+
+@rule("ReduceMean")
+def reduce_mean(c: Context) -> Grads:
+    r = Reduced(c)
+    return [(r.kept(c.g) / r.count()).expand_like(c.x[0])]
+
+
+@rule("ReduceSumSquare")
+def reduce_sum_square(c: Context) -> Grads:
+    return [Reduced(c).kept(c.g) * 2 * c.x[0]]
+
+
+@rule("ReduceL1")
+def reduce_l1(c: Context) -> Grads:
+    return [Reduced(c).kept(c.g) * c.x[0].map("Sign")]
+
+
+@rule("ReduceL2")
+def reduce_l2(c: Context) -> Grads:
+    r = Reduced(c)
+    return [r.kept(c.g / c.y[0]) * c.x[0]]
+
+
+@rule("ReduceLogSum")
+def reduce_log_sum(c: Context) -> Grads:
+    r = Reduced(c)
+    return [r.kept(c.g / c.y[0].map("Exp")).expand_like(c.x[0])]
+
+
+@rule("ReduceLogSumExp")
+def reduce_log_sum_exp(c: Context) -> Grads:
+    r = Reduced(c)
+    return [r.kept(c.g) * (c.x[0] - r.kept(c.y[0])).map("Exp")]
+
+
+@rule("ReduceProd")
+def reduce_prod(c: Context) -> Grads:
+    """The product over the others, as y / x: no element may be zero."""
+    r = Reduced(c)
+    return [r.kept(c.g * c.y[0]) / c.x[0]]
+
+
+@rule("ReduceMax", "ReduceMin")
+def reduce_extremum(c: Context) -> Grads:
+    """Shared equally among the elements that hold the extreme value."""
+    r = Reduced(c)
+    winners = c.x[0].equals(r.kept(c.y[0])).cast(c.g.dtype)
+    return [r.kept(c.g) / r.sum(winners) * winners]
+
+
+@rule("CumSum")
+def cum_sum(c: Context) -> Grads:
+    """Every element went into the sums at and after it: the sum from the other end."""
+    reverse, exclusive = c.attr("reverse", 0), c.attr("exclusive", 0)
+    return [c.b.op("CumSum", c.g, c.x[1], reverse=1 - reverse, exclusive=exclusive), None]
+
+
+@rule("LpNormalization")
+def lp_normalization(c: Context) -> Grads:
+    """x / n with n the norm along an axis: (g - n' sum(g y)) / n, n' = sign x or y."""
+    axis, p, x = c.axis(-1), c.attr("p", 2), c.x[0]
+    norm = x.reduce("ReduceL1" if p == 1 else "ReduceL2", [axis])
+    slope = x.map("Sign") if p == 1 else c.y[0]
+    return [(c.g - slope * (c.g * c.y[0]).sum(axis)) / norm]
