@@ -104,12 +104,14 @@ def _plain(value: Any) -> Any:
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
-    return value
+    return value if isinstance(value, str | int | float | None) else str(value)
 
 
 def _shown(value: Any) -> str:
     """A value as a message quotes it: short, however often YAML aliases repeat it."""
-    return reprlib.repr(value)
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring = 2, 80
+    return short.repr(value)
 
 
 def _read(source: str | os.PathLike[str]) -> tuple[Any, str]:
@@ -166,7 +168,7 @@ def _from_mapping(content: Any, name: str) -> Recipe:
 
 def _choice(name: str, key: str, value: Any, allowed: Sequence[str]) -> None:
     if value is not None and value not in allowed:
-        hint = registry.did_you_mean(str(value), allowed)
+        hint = registry.did_you_mean(value, allowed) if isinstance(value, str) else ""
         raise RecipeError(f"{name}: {key} must be one of {', '.join(allowed)}, not {_shown(value)}{hint}")
 
 
