@@ -15,6 +15,7 @@ import onnx_ir as ir
 from onnxcompress.contract import Coverage, Feeder, Left, Pass, Progress, Reason, Run, Silent, Touched
 from onnxcompress.encodings import functions
 from onnxcompress.errors import DataError, OnnxCompressError, PassError
+from onnxcompress.lift import lift
 from onnxcompress.model import bridge
 from onnxcompress.model.sizes import saved_bytes
 from onnxcompress.model.weights import weights
@@ -208,7 +209,7 @@ def _one(model: ir.Model, step: Step, run_of: Run, prover: Prover, score: float 
     backup = copy(model)
     report = StepReport(step.name, parameters(step.run), 0.0, size, size, Coverage(), score_before=score)
     try:
-        report.coverage = _apply(step.run, model, run_of)
+        report.coverage = _apply(step.run, model, run_of, prover)
         functions.refresh(model)
         check_coverage(step.run, before, report.coverage)
         report.bytes_after = saved_bytes(model)
@@ -231,15 +232,17 @@ def _one(model: ir.Model, step: Step, run_of: Run, prover: Prover, score: float 
     return model, report
 
 
-def _apply(the_pass: Pass, model: ir.Model, run_of: Run) -> Coverage:
-    """The pass's work.
+def _apply(the_pass: Pass, model: ir.Model, run_of: Run, prover: Prover) -> Coverage:
+    """The pass's work, on a model lifted to the opset it needs.
 
     Raises:
-        PassError: it needs a newer opset than the model's.
+        PassError: the model has an older opset and cannot be lifted.
     """
-    opset = model.opset_imports.get("", 1)
-    if opset < the_pass.needs.opset:
-        raise PassError(f"needs opset {the_pass.needs.opset}, the model has {opset}; convert or export it anew")
+    opset, needed = model.opset_imports.get("", 1), the_pass.needs.opset
+    if opset < needed:
+        why = lift(model, needed, [prover.feeds])
+        if why:
+            raise PassError(f"needs opset {needed}, the model has {opset} and cannot be lifted: {why}")
     return the_pass.apply(model, run_of)
 
 

@@ -51,13 +51,13 @@ class Proof:
 
 
 class Prover:
-    """Holds the original's session, one call's feeds and the outputs to compare with."""
+    """Holds the original's session, one call's `feeds` and the outputs to compare with."""
 
     def __init__(self, original: ir.Model, feeds: Iterable[Mapping[str, np.ndarray]] | None, seed: int = 0) -> None:
         self.large = tensor_bytes(original) > DEFAULT.inline_bytes
         self.inputs = "synthetic" if feeds is None else "data"
         session = self._open(original)
-        self._feeds, self._reference = _first_call(session, original, feeds, seed)
+        self.feeds, self._reference = _first_call(session, original, feeds, seed)
         self._finite = {name: _is_finite(value) for name, value in self._reference.items()}
         self._session: Session | None = None if self.large else session
         if self.large:
@@ -84,7 +84,7 @@ class Prover:
             _check(model)
         try:
             with self._open(model) as session:
-                outputs = session.run(_known(session, self._feeds))
+                outputs = session.run(_known(session, self.feeds))
                 agreement = self._compare(outputs)
                 ratio = self._latency(session)
         except (ModelError, DataError) as error:
@@ -99,7 +99,7 @@ class Prover:
         if missing:
             raise PassError(f"what it made has lost the output {missing[0]!r}")
         agreement = Agreement()
-        agreement.update(self._reference, outputs, count=_rows(self._feeds))
+        agreement.update(self._reference, outputs, count=_rows(self.feeds))
         results = tuple(agreement.results())
         for result in results:
             if result.mismatch:
@@ -116,10 +116,10 @@ class Prover:
         if self._session is None:
             return None
         start = time.perf_counter()
-        session.run(_known(session, self._feeds))
+        session.run(_known(session, self.feeds))
         once = max(time.perf_counter() - start, 1e-5)
         rounds = int(min(30, max(3, LATENCY_SECONDS / (2 * once))))
-        pair = [_known(s, self._feeds) for s in (self._session, session)]
+        pair = [_known(s, self.feeds) for s in (self._session, session)]
         return interleaved_latency([self._session, session], pair, rounds=rounds, warmup=1).ratios[1]
 
 

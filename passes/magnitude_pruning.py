@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from onnxcompress.contract import Coverage, Left, Pass, Reason, Run, Touched, parameter
 from onnxcompress.encodings import Masked, Sparse
+from onnxcompress.errors import RecipeError
 from onnxcompress.model.roles import WEIGHT_ROLES
 from onnxcompress.model.weights import Weight, weights
 from onnxcompress.numerics.error import relative_rms
@@ -26,6 +27,7 @@ from onnxcompress.numerics.transforms import is_transform
 
 EMPTIED = 0.95  # a layer that loses more than this share is warned about
 SPARSE_OPSET = 11  # CumSum
+SPARSE_BYTES = 200  # a call node and the headers of its constants, beside their names
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,6 +57,17 @@ class MagnitudePruning(Pass):
         "masked", "dense with zeros, or a bit mask and the values left", choices=("masked", "sparse")
     )
 
+    def __post_init__(self) -> None:
+        """Refuse what has no meaning for single weights.
+
+        Raises:
+            RecipeError: a parameter out of bounds, or an override of `normalize`.
+        """
+        super().__post_init__()
+        for pattern, values in self.select.overrides.items():
+            if "normalize" in values:
+                raise RecipeError(f"{self.name}: select: overrides: {pattern}: normalize holds for all weights or none")
+
     def apply(self, model: ir.Model, run: Run) -> Coverage:
         coverage, chosen = Coverage(), []
         for weight in weights(model, run.work):
@@ -64,8 +77,8 @@ class MagnitudePruning(Pass):
             else:
                 coverage.left.append(Left(weight.key, weight.nbytes, *refused))
         run.progress.start(self.name, len(chosen))
-        for weight, mask in self._masks(chosen):
-            self._prune(weight, mask, coverage)
+        for weight, own, mask in self._masks(chosen):
+            own._prune(weight, mask, coverage)
             run.progress.step()
         run.progress.done()
         return coverage
@@ -89,10 +102,14 @@ class MagnitudePruning(Pass):
             return Reason.NOT_FINITE, "holds NaN or Inf; mend the model or exclude it"
         return None
 
-    def _masks(self, chosen: list[Weight]) -> Iterator[tuple[Weight, np.ndarray]]:
-        """Each weight with its mask (True: keep); weights whose share is overridden get their own threshold."""
-        own = {id(w): self.select.parameters(w) for w in chosen}
-        together = [w for w in chosen if self.scope == "global" and "sparsity" not in own[id(w)]]
+    def _masks(self, chosen: list[Weight]) -> Iterator[tuple[Weight, MagnitudePruning, np.ndarray]]:
+        """Each weight with what holds for it and its mask (True: keep).
+
+        Weights whose share is overridden get their own threshold.
+        """
+        given = {id(w): self.select.parameters(w) for w in chosen}
+        own = {key: dataclasses.replace(self, **values) for key, values in given.items()}
+        together = [w for w in chosen if own[id(w)].scope == "global" and "sparsity" not in given[id(w)]]
         threshold = Threshold(0.0, 0)
         if together:
             threshold = global_threshold(lambda: (self._scores(w) for w in together), self.sparsity)
@@ -102,8 +119,8 @@ class MagnitudePruning(Pass):
                 scores, scale = self._scores(weight)
                 mask, threshold = threshold_mask(scores, threshold, scale)
             else:
-                mask = layer_mask(weight.array(), float(own[id(weight)].get("sparsity", self.sparsity)))
-            yield weight, mask
+                mask = layer_mask(weight.array(), own[id(weight)].sparsity)
+            yield weight, own[id(weight)], mask
 
     def _scores(self, weight: Weight) -> tuple[np.ndarray, float]:
         """What is compared between weights, and what it is divided by first."""
@@ -114,19 +131,22 @@ class MagnitudePruning(Pass):
 
     def _prune(self, weight: Weight, mask: np.ndarray, coverage: Coverage) -> None:
         array, before = weight.array(), weight.nbytes
-        lost = 1.0 - np.count_nonzero(mask) / mask.size
         if mask.all():
             coverage.left.append(Left(weight.key, before, Reason.BUDGET, "none of its elements is among the least"))
             return
         new: Masked | Sparse = Masked.apply(array, mask)
+        kept = np.count_nonzero(new.values)
+        lost, detail = 1.0 - kept / mask.size, f"{1.0 - kept / mask.size:.1%} zero"
         error = relative_rms(array, new.values)
         sparse_fits = weight.model.opset_imports.get("", 1) >= SPARSE_OPSET
-        detail = f"{lost:.1%} zero"
-        if self.storage == "sparse" and sparse_fits:
+        if sparse_fits and (self.storage == "sparse" or weight.encoding.kind == "sparse"):
             packed = Sparse.pack(new.values)
-            new = packed if packed.nbytes + 200 < new.nbytes else new
+            new = packed if packed.nbytes + SPARSE_BYTES < new.nbytes else new
         elif self.storage == "sparse":
             detail += f", stored dense: the sparse form needs opset {SPARSE_OPSET}"
+        if new.kind == weight.encoding.kind and kept == np.count_nonzero(array):
+            coverage.left.append(Left(weight.key, before, Reason.BUDGET, f"is {detail} already"))
+            return
         weight.replace(new)
         coverage.touched.append(Touched(weight.key, before, new.nbytes, error, detail))
         if lost > EMPTIED and lost > self.sparsity + 0.02:
