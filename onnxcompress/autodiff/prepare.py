@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import onnx
 import onnx_ir as ir
+import onnx_ir.passes.common
 
 from onnxcompress.autodiff.definitions import DEFINITIONS
 from onnxcompress.autodiff.rule import RULES, ZERO

@@ -400,7 +400,7 @@ class Tensor:
             if all(isinstance(its, int) or mine == 1 or (mine == its and its is not None) for _, mine, its in pairs):
                 axes = [i for i, mine, its in pairs if its == 1 and mine != 1]
                 summed = self.sum(*range(front), *axes) if front or axes else self
-                return summed.reshape_like(like) if front else summed
+                return summed.squeeze(*range(front)) if front else summed
         return self._unbroadcast_at_run_time(like)
 
     def _unbroadcast_at_run_time(self, like: Tensor) -> Tensor:

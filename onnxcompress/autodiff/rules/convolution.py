@@ -108,8 +108,8 @@ def by_convolution(window: Window, image: Tensor, g: Tensor, group: int, w: Tens
     return dw.transpose([1, 0, *window.spatial])
 
 
-def _share(channels: Size, group: int) -> int:
-    return channels // group if isinstance(channels, int) else -1
+def _share(channels: Size, group: int) -> Size:
+    return channels // group if isinstance(channels, int) else channels / group
 
 
 def weight_gradient(window: Window, image: Tensor, g: Tensor, group: int, w: Tensor) -> Tensor:

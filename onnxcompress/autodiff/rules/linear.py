@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from onnxcompress.autodiff.rule import Context, Grads, rule
 from onnxcompress.autodiff.tensor import Tensor
 
@@ -60,37 +58,33 @@ def einsum(c: Context) -> Grads:
     for index, term in enumerate(terms):
         others = [t for i, t in enumerate(terms) if i != index]
         # A label no other term has was summed away on its own: the gradient does not depend on it.
-        present = [label for label in term if label in result or any(label in t for t in others)]
-        equation = ",".join([result, *others]) + "->" + "".join(present)
-        operands = [c.g, *(x for i, x in enumerate(c.x) if i != index)]
-        d = c.b.op("Einsum", *operands, equation=equation, shape=(None,) * len(present))
-        d = d.unsqueeze(*(i for i, label in enumerate(term) if label not in present))
-        found.append(d.expand_like(c.x[index]) if len(present) < len(term) else d)
+        labels = term.replace(ELLIPSIS, "")
+        present = [label for label in labels if label in result or any(label in t for t in others)]
+        # What an ellipsis stands for may have been broadcast: it stays, and what this term lacks is summed at the end.
+        front = ELLIPSIS if any(ELLIPSIS in t for t in (result, *others)) else ""
+        equation = ",".join([result, *others]) + "->" + front + "".join(present)
+        d = c.b.op("Einsum", c.g, *(x for i, x in enumerate(c.x) if i != index), equation=equation)
+        missing = [i - len(labels) for i, label in enumerate(labels) if label not in present]
+        if missing:
+            d = c.b.op("Unsqueeze", d, c.b.ints(missing))
+            d = c.b.op("Expand", d, c.x[index].sizes())
+        found.append(d.unbroadcast(c.x[index]) if front else d)
     return found
 
 
+ELLIPSIS = "..."
+
+
 def _equation(c: Context) -> tuple[list[str], str]:
-    """The labels of each term and of the result, an ellipsis written out."""
+    """The labels of each term and of the result."""
     equation = str(c.attr("equation", "")).replace(" ", "")
     left, arrow, result = equation.partition("->")
     terms = left.split(",")
     if not arrow:
         letters = sorted(x for x in set(left) - {",", "."} if left.count(x) == 1)
-        result = ("..." if "..." in left else "") + "".join(letters)
-    if "..." in equation:
-        terms, result = _without_ellipsis(c, terms, result)
-    if any(len(set(term)) < len(term) for term in terms):
+        result = (ELLIPSIS if ELLIPSIS in left else "") + "".join(letters)
+    if any(ELLIPSIS in t and not t.startswith(ELLIPSIS) for t in (*terms, result)):
+        raise c.refuse("an ellipsis that does not come first has no rule; write the axes out")
+    if any(len(set(t)) < len(t) for t in (term.replace(ELLIPSIS, "") for term in terms)):
         raise c.refuse("a label that stands twice in one term (a diagonal) has no rule")
     return terms, result
-
-
-def _without_ellipsis(c: Context, terms: Sequence[str], result: str) -> tuple[list[str], str]:
-    free = [x for x in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if not any(x in t for t in (*terms, result))]
-    ranks = [c.rank(i) - len(t.replace("...", "")) for i, t in enumerate(terms) if "..." in t]
-    if len(set(ranks)) > 1:
-        raise c.refuse("an ellipsis of different ranks has no rule; write the axes out")
-    letters = "".join(free[: ranks[0]])
-    shapes = {x.shape[: ranks[0]] if x.shape else None for x, t in zip(c.x, terms) if t.startswith("...")}
-    if len(shapes) > 1:
-        raise c.refuse("an ellipsis that broadcasts has no rule; expand the operand first")
-    return [t.replace("...", letters) for t in terms], result.replace("...", letters)

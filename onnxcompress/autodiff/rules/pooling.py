@@ -41,8 +41,8 @@ def lp_pool(c: Context) -> Grads:
     """y = (sum |x|^p)^(1/p): x |x|^(p-2) times the windows' g y^(1-p)."""
     x, y, p = c.x[0], c.y[0], c.attr("p", 2)
     window = Window(c, x, c.g, kernel_of(c))
-    if bool(c.attr("ceil_mode", 0)):
-        _stretch(window)
+    if c.attr("ceil_mode", 0):
+        raise c.refuse("ceil_mode has no rule")
     return [_spread(window, c.g * _power(y, 1 - p), 1.0) * _signed_power(x, p - 1)]
 
 
