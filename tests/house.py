@@ -145,7 +145,7 @@ class Bad(Pass):
                 model.graph.outputs.clear()
                 coverage.rewrites["output"] = 1
             case "unknown operator":
-                next(iter(model.graph)).op_type = "Nonesuch"
+                next(iter(model.graph)).op_type = "None"
                 coverage.rewrites["operator"] = 1
         return coverage
 
