@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from onnxcompress.errors import ModelError, SaveError
 from onnxcompress.model import provenance
-from onnxcompress.model.load import SOURCE_KEY, load
+from onnxcompress.model.load import SOURCE_KEY, load, source_of
 from onnxcompress.model.save import save
 
 if TYPE_CHECKING:
@@ -58,10 +58,14 @@ class Workplace:
         if self._temporary:
             return
         source = model.meta.get(SOURCE_KEY)
-        state = {"key": self._key(recipe, len(steps)), "steps": [step.to_json() for step in steps]}
         try:
             (self.folder / _STATE).unlink(missing_ok=True)  # never a state beside another state's model
             save(model, self.folder / _MODEL, check=False)
+            state = {
+                "key": self._key(recipe, len(steps)),
+                "model": self._model()[1],
+                "steps": [step.to_json() for step in steps],
+            }
             fresh = self.folder / f"{_STATE}.new"
             fresh.write_text(json.dumps(state), encoding="utf-8")
             os.replace(fresh, self.folder / _STATE)
@@ -80,13 +84,21 @@ class Workplace:
             steps = [StepReport.from_json(step) for step in state["steps"]]
             if state["key"] != self._key(recipe, len(steps)) or len(steps) > len(recipe.steps):
                 return None
-            return load(self.folder / _MODEL), steps
+            model, digest = self._model()
+            return (model, steps) if digest == state["model"] else None
         except (OSError, ValueError, KeyError, TypeError, ModelError):
             return None  # an unreadable state is no state: the run starts over
 
     def remove(self) -> None:
         """Take the folder away."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _model(self) -> tuple[ir.Model, str]:
+        """The stored model and the digest of its files."""
+        model = load(self.folder / _MODEL)
+        source = source_of(model)
+        assert source is not None
+        return model, source.sha256
 
     def _key(self, recipe: Recipe, count: int) -> str:
         what = {
