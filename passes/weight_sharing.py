@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from onnxcompress.contract import Coverage, Left, Pass, Reason, Run, Touched, parameter
 from onnxcompress.encodings import Codebook
+from onnxcompress.encodings.pieces import ELEMENTS, pieces
 from onnxcompress.model.roles import WEIGHT_ROLES
 from onnxcompress.model.weights import Weight, weights
 from onnxcompress.numerics.kmeans import kmeans1d, kmeans_rows
@@ -81,7 +82,7 @@ class WeightSharing(Pass):
             return Left(weight.key, weight.nbytes, *refused)
         chosen = dataclasses.replace(self, **self.select.parameters(weight))
         array = weight.array()
-        if not np.isfinite(array).all():
+        if not all(np.isfinite(part).all() for part in _parts(array)):
             return Left(weight.key, weight.nbytes, Reason.NOT_FINITE, "holds NaN or Inf; mend the model or exclude it")
         bits = max(chosen.bits, TRANSFORM_BITS) if is_transform(array, weight.axis()) else chosen.bits
         k = min(1 << bits, chosen.clusters or 256)
@@ -149,6 +150,11 @@ def _in_order(
             yield from zip(part, list(pool.map(work, part)), strict=True)
 
 
+def _parts(array: np.ndarray) -> list[np.ndarray]:
+    """Views of `array` that are small enough to work on at once."""
+    return np.array_split(array, min(max(1, len(array)), 1 + array.size // ELEMENTS))
+
+
 def _overhead(weight: Weight) -> int:
     return NODE_BYTES + 8 * (len(weight.value.name or "") + 8)
 
@@ -177,10 +183,16 @@ def _per_channel(weight: Weight, array: np.ndarray, k: int) -> Codebook:
 
 def _errors(weight: Weight, array: np.ndarray, encoding: Codebook) -> tuple[float, float]:
     """Relative root-mean-square error of the tensor, and the mean over output channels of theirs squared."""
-    difference = encoding.decode().astype(np.float32) - array.astype(np.float32)
     axis = weight.axis()
     others = tuple(i for i in range(array.ndim) if i != axis) if axis is not None else None
-    lost = np.sum(np.square(difference, dtype=np.float64), axis=others)
-    had = np.sum(np.square(array.astype(np.float32), dtype=np.float64), axis=others)
-    whole = float(np.sqrt(np.sum(lost) / np.sum(had))) if np.sum(had) else 0.0
-    return whole, float(np.mean(lost[had > 0] / had[had > 0])) if np.ndim(lost) and np.any(had > 0) else whole**2
+    lost = np.zeros(1 if axis is None else array.shape[axis])
+    had = np.zeros_like(lost)
+    for part, piece in pieces(encoding):
+        channels = part if axis == 0 else slice(None)
+        original = array[part].astype(np.float32)
+        difference = piece.decode().astype(np.float32) - original
+        lost[channels] += np.sum(np.square(difference, dtype=np.float64), axis=others)
+        had[channels] += np.sum(np.square(original, dtype=np.float64), axis=others)
+    total = float(np.sum(had))
+    whole = float(np.sqrt(np.sum(lost) / total)) if total else 0.0
+    return whole, float(np.mean(lost[had > 0] / had[had > 0])) if axis is not None and total else whole**2
