@@ -88,7 +88,7 @@ def _apply(
         rule = RULES.get((node.domain, node.op_type))
         x = [b.wrap(value) if value is not None else None for value in inputs]
         y = [b.wrap(value) for value in node.outputs]
-        c = Context(b, node, x, y, gs, [value in needed for value in inputs])  # type: ignore[arg-type]
+        c = Context(b, node, x, y, gs, [value in needed for value in inputs], backward)  # type: ignore[arg-type]
         if rule is None:
             raise c.refuse("has no gradient rule")
         return rule(c)

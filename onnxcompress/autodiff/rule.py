@@ -34,7 +34,7 @@ class Context:
 
     `x`: the inputs as tensors, None where an optional one is left out, followed by what the node's bodies capture from
     outside. `y`: the outputs. `gs`: the gradients of the outputs, None where nothing depends on one. `needs`: for each
-    of `x`, whether its gradient is wanted; only rules that save real work ask.
+    of `x`, whether its gradient is wanted; only rules that save real work ask. `sweep`: the engine itself, for bodies.
     """
 
     b: Builder
@@ -43,6 +43,7 @@ class Context:
     y: list[Tensor]
     gs: list[Tensor | None]
     needs: list[bool]
+    sweep: Callable[..., dict[ir.Value, Tensor]]
 
     @property
     def g(self) -> Tensor:
@@ -99,7 +100,7 @@ class Context:
         value = self.node.outputs[index]
         if not value.name:
             value.name = self.b.name(f"{self.node.outputs[0].name}/output_{index}")
-            value.dtype = dtype or self.y[0].dtype
+            value.dtype = dtype or self.node.outputs[0].dtype or self.x[0].dtype
         return self.b.wrap(value)
 
 

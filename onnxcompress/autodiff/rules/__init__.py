@@ -1,6 +1,7 @@
 """The rules, one an operator, in files by family. Importing this package fills the table in `autodiff.rule`."""
 
 from onnxcompress.autodiff.rules import (
+    control_flow,
     convolution,
     elementwise,
     indexing,
@@ -8,12 +9,14 @@ from onnxcompress.autodiff.rules import (
     normalization,
     pooling,
     quantization,
+    recurrent,
     reduction,
     shape,
     zero,
 )
 
 __all__ = [
+    "control_flow",
     "convolution",
     "elementwise",
     "indexing",
@@ -21,6 +24,7 @@ __all__ = [
     "normalization",
     "pooling",
     "quantization",
+    "recurrent",
     "reduction",
     "shape",
     "zero",

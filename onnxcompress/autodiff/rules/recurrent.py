@@ -1,0 +1,301 @@
+"""LSTM, GRU and RNN: backpropagation through time with everything that need not be sequential done at once.
+
+The forward operator gives all hidden states; from them the gates of all steps are recomputed in one product. Only two
+things run step by step, in a Scan: LSTM's cell state, and the gradient of the hidden state going back. The gradients of
+weights, biases and inputs are again one product over all steps.
+
+Shapes: T steps, N batch, I inputs, H hidden, D directions. Gates in ONNX order: LSTM i, o, f, c; GRU z, r, h.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import onnx_ir as ir
+
+from onnxcompress.autodiff.rule import Context, Grads, rule
+from onnxcompress.autodiff.tensor import Builder, Tensor
+
+Step = Callable[[Builder, Sequence[Tensor], Sequence[Tensor]], tuple[Sequence[Tensor], Sequence[Tensor]]]
+INPUT, WEIGHT, RECURRENT, BIAS, LENGTHS, STATE, CELL, PEEPHOLES = range(8)
+
+
+def scan(b: Builder, body: Step, states: Sequence[Tensor], sequences: Sequence[Tensor], reverse: bool) -> list[Tensor]:
+    """Run `body(builder, states, slices) -> (states, results)` along the first axis; results stacked at their steps.
+
+    `reverse`: from the last step to the first. Returns the final states, then the stacked results.
+    """
+    inputs = [_slot(b, t, t.shape) for t in states]
+    inputs += [_slot(b, t, None if t.shape is None else t.shape[1:]) for t in sequences]
+    graph = ir.Graph(inputs, [], nodes=[], name=b.name("grad/step"))
+    inner = b.inside(graph)
+    inner.scope = b.scope
+    slots = [inner.wrap(value) for value in inputs]
+    after, results = body(inner, slots[: len(states)], slots[len(states) :])
+    for t in (*after, *results):
+        graph.outputs.append(inner.op("Identity", t, shape=t.shape).value)
+    way = [int(reverse)]
+    return b.ops(
+        "Scan",
+        *states,
+        *sequences,
+        outputs=len(after) + len(results),
+        dtype=states[0].dtype,
+        body=graph,
+        num_scan_inputs=len(sequences),
+        scan_input_directions=way * len(sequences),
+        scan_output_directions=way * len(results) or None,
+    )
+
+
+def _slot(b: Builder, t: Tensor, shape: Sequence[int | str | None] | None) -> ir.Value:
+    value = ir.Value(name=b.name("grad/slot"), type=ir.TensorType(t.dtype))
+    value.shape = None if shape is None else ir.Shape(shape)
+    return value
+
+
+@dataclasses.dataclass
+class Direction:
+    """One direction of a recurrent layer, its operands with the direction axis gone.
+
+    `x` [T, N, I]; `w` [G H, I]; `r` [G H, H]; `wb`, `rb` [G H] or None; `h` [T, N, H] all hidden states; `before` the
+    hidden state each step started from; `h0`, `c0` [N, H]; `reverse`: runs from the last step to the first.
+    """
+
+    c: Context
+    index: int
+    reverse: bool
+    gates: int
+
+    def __post_init__(self) -> None:
+        c, d = self.c, self.index
+        self.b = c.b
+        self.x, self.w, self.r = c.x[INPUT], c.x[WEIGHT].at(0, d), c.x[RECURRENT].at(0, d)
+        self.hidden = int(c.attr("hidden_size"))
+        self.rows = self.gates * self.hidden
+        self.wb = self.rb = None
+        if c.has(BIAS):
+            both = c.x[BIAS].at(0, d)
+            self.wb, self.rb = both.slice([0], [0], [self.rows]), both.slice([0], [self.rows], [2 * self.rows])
+        self.h = c.output(0).at(1, d)
+        self.h0 = self._initial(STATE)
+        self.before = self.shifted(self.h, self.h0)
+
+    def _initial(self, index: int) -> Tensor:
+        c = self.c
+        if c.has(index):
+            return c.x[index].at(0, self.index)
+        n = self.x.size(1)
+        zeros = self.b.zeros(self.b.ints([n, self.hidden]), self.x.dtype)
+        zeros.value.shape = ir.Shape([n if isinstance(n, int) else None, self.hidden])
+        return zeros
+
+    def cell(self) -> Tensor:
+        """The initial cell state."""
+        return self._initial(CELL)
+
+    def shifted(self, states: Tensor, first: Tensor) -> Tensor:
+        """`states` [T, N, H] one step later: what each step started from."""
+        b = self.b
+        if self.reverse:
+            return b.op("Concat", states.slice([0], [1], [2**31]), first.unsqueeze(0), axis=0, shape=(None,) * 3)
+        return b.op("Concat", first.unsqueeze(0), states.slice([0], [0], [-1]), axis=0, shape=(None,) * 3)
+
+    def affine(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        """x w^T + bias."""
+        y = x @ w.transpose([1, 0])
+        return y if bias is None else y + bias
+
+    def split(self, t: Tensor, axis: int, parts: int | None = None) -> list[Tensor]:
+        """The gates of `t` along `axis`."""
+        parts = parts or self.gates
+        shape = None if t.rank is None else tuple(self.hidden if i == axis % t.rank else None for i in range(t.rank))
+        return self.b.ops("Split", t, self.b.ints([self.hidden] * parts), outputs=parts, axis=axis, shape=shape)
+
+    def incoming(self) -> tuple[Tensor, Tensor]:
+        """Gradients from outside: of all hidden states [T, N, H], and of the last one [N, H]."""
+        gs, b = self.c.gs, self.b
+        every = gs[0].at(1, self.index) if gs[0] is not None else b.zeros(self.h.sizes(), self.x.dtype)
+        every.value.shape = ir.Shape([None, None, self.hidden])
+        return every, self.final(1)
+
+    def final(self, output: int) -> Tensor:
+        """The gradient of the last state in `output`, or zeros."""
+        g = self.c.gs[output] if output < len(self.c.gs) else None
+        return g.at(0, self.index) if g is not None else self.b.zeros(self.h0.sizes(), self.x.dtype)
+
+    def product(self, left: Tensor, right: Tensor) -> Tensor:
+        """Sum over steps and batch of left^T right: [A, B] from [T, N, A] and [T, N, B]."""
+        flat = (left.reshape([-1, left.size(2)]), right.reshape([-1, right.size(2)]))
+        return self.b.op("Gemm", *flat, transA=1)
+
+
+Gradients = dict[int, Tensor]  # by input, the direction axis restored
+
+
+def _layer(c: Context, gates: int, activations: Sequence[str], one: Callable[[Direction], Gradients]) -> Grads:
+    """The gradients of all directions put together."""
+    _check(c, activations)
+    reverse = {"forward": [False], "reverse": [True], "bidirectional": [False, True]}
+    ways = [Direction(c, i, back, gates) for i, back in enumerate(reverse[str(c.attr("direction", "forward"))])]
+    found = [one(way) for way in ways]
+    result: list[Tensor | None] = []
+    for index in range(len(c.node.inputs)):
+        parts = [grads[index] for grads in found if index in grads]
+        if not parts or not c.has(index):
+            result.append(None)
+        elif index == INPUT:
+            result.append(c.b.sum(parts))
+        else:
+            stacked = [part.b.op("Unsqueeze", part, c.b.ints([0])) for part in parts]
+            result.append(c.b.op("Concat", *stacked, axis=0) if len(stacked) > 1 else stacked[0])
+    return result
+
+
+def _check(c: Context, activations: Sequence[str]) -> None:
+    if c.has(LENGTHS):
+        raise c.refuse("sequence_lens has no rule; mask the outputs instead, or cut the sequences to one length")
+    if c.has(PEEPHOLES):
+        raise c.refuse("peephole weights have no rule")
+    if c.attr("layout", 0):
+        raise c.refuse("layout 1 (batch first) has no rule; transpose around it")
+    if c.attr("clip"):
+        raise c.refuse("clipped gates have no rule")
+    if c.attr("input_forget", 0):
+        raise c.refuse("coupled input and forget gates have no rule")
+    given = [str(a).lower() for a in c.attr("activations") or ()]
+    directions = 2 if str(c.attr("direction", "forward")) == "bidirectional" else 1
+    if given and given != [a.lower() for a in activations] * directions:
+        raise c.refuse(f"activations {given} have no rule; only {list(activations)}")
+
+
+def _bias(way: Direction, wb: Tensor, rb: Tensor | None = None) -> Tensor:
+    """The two halves of the bias gradient, [2 G H], from gate gradients [T, N, G H]."""
+    halves = [t.sum(0, 1, keep=False) for t in (wb, wb if rb is None else rb)]
+    return way.b.op("Concat", *halves, axis=0)
+
+
+@rule("LSTM")
+def lstm(c: Context) -> Grads:
+    """h = o tanh(C), C = f C' + i g; Hochreiter and Schmidhuber 1997, with forget gates."""
+    return _layer(c, 4, ["Sigmoid", "Tanh", "Tanh"], _lstm)
+
+
+def _lstm(way: Direction) -> Gradients:
+    b = way.b
+    pre = way.affine(way.x, way.w, way.wb) + way.affine(way.before, way.r, way.rb)
+    pre.value.shape = ir.Shape([None, None, way.rows])
+    i, o, f, g = way.split(pre, 2)
+    i, o, f, g = i.map("Sigmoid"), o.map("Sigmoid"), f.map("Sigmoid"), g.map("Tanh")
+    c0 = way.cell()
+
+    def advance(_: Builder, states: Sequence[Tensor], now: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        cell = now[0] * states[0] + now[1]
+        return [cell], [cell]
+
+    added = i * g
+    cells = scan(b, advance, [c0], [f, added], way.reverse)[1]
+    cells.value.shape = added.value.shape
+    old = way.shifted(cells, c0)
+    t = cells.map("Tanh")
+    # Per step: dC += dh o (1 - t^2); then every gate's gradient is a factor known beforehand times dC or dh.
+    from_h = o * (1 - t * t)
+    to_i, to_f, to_g, to_o = g * i * (1 - i), old * f * (1 - f), i * (1 - g * g), t * o * (1 - o)
+
+    def back(_: Builder, states: Sequence[Tensor], now: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        dh, dc = states
+        every, toward_c, ki, ko, kf, kg, keep = now
+        dh = dh + every
+        dc = dc + dh * toward_c
+        gates = _.op("Concat", dc * ki, dh * ko, dc * kf, dc * kg, axis=1)
+        return [gates @ way.r, dc * keep], [gates]
+
+    every, last = way.incoming()
+    dh0, dc0, gates = scan(
+        b, back, [last, way.final(2)], [every, from_h, to_i, to_o, to_f, to_g, f], not way.reverse
+    )
+    gates.value.shape = ir.Shape([None, None, way.rows])
+    found = {
+        INPUT: gates @ way.w,
+        WEIGHT: way.product(gates, way.x),
+        RECURRENT: way.product(gates, way.before),
+        STATE: dh0,
+        CELL: dc0,
+    }
+    return {**found, BIAS: _bias(way, gates)} if way.c.has(BIAS) else found
+
+
+@rule("GRU")
+def gru(c: Context) -> Grads:
+    """h = (1 - z) n + z h'; Cho et al. 2014. linear_before_reset: n = tanh(Wx + r (R h' + rb)), else of R (r h')."""
+    return _layer(c, 3, ["Sigmoid", "Tanh"], _gru)
+
+
+def _gru(way: Direction) -> Gradients:
+    b, linear = way.b, bool(way.c.attr("linear_before_reset", 0))
+    before = way.before
+    wz, wr, wh = way.split(way.affine(way.x, way.w, way.wb), 2)
+    rz, rr, rh = way.split(way.r, 0)
+    bz, br, bh = way.split(way.rb, 0) if way.rb is not None else (None, None, None)
+    z = (wz + way.affine(before, rz, bz)).map("Sigmoid")
+    r = (wr + way.affine(before, rr, br)).map("Sigmoid")
+    inner = way.affine(before, rh, bh) if linear else r * before
+    n = (wh + r * inner if linear else wh + way.affine(inner, rh, bh)).map("Tanh")
+    to_n, to_z = (1 - z) * (1 - n * n), (before - n) * z * (1 - z)
+    to_r = (inner if linear else before) * r * (1 - r)
+
+    def back(_: Builder, states: Sequence[Tensor], now: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        every, kn, kz, kr, zt, rt = now
+        dh = states[0] + every
+        dn, dz = dh * kn, dh * kz
+        if linear:
+            dr, reset = dn * kr, dn * rt
+            recurrent = _.op("Concat", dz, dr, reset, axis=1)
+            return [dh * zt + recurrent @ way.r], [recurrent, dn]
+        through = dn @ rh
+        dr = through * kr
+        passed = dz @ rz + dr @ rr + through * rt
+        return [dh * zt + passed], [_.op("Concat", dz, dr, dn, axis=1), dn]
+
+    every, last = way.incoming()
+    dh0, gates, dn = scan(b, back, [last], [every, to_n, to_z, to_r, z, r], not way.reverse)
+    gates.value.shape, dn.value.shape = ir.Shape([None, None, way.rows]), ir.Shape([None, None, way.hidden])
+    dz, dr, reset = way.split(gates, 2)
+    from_x = b.op("Concat", dz, dr, dn, axis=2, shape=(None, None, way.rows)) if linear else gates
+    if linear:
+        d_r = way.product(gates, before)
+    else:
+        upper = way.product(b.op("Concat", dz, dr, axis=2, shape=(None, None, 2 * way.hidden)), before)
+        d_r = b.op("Concat", upper, way.product(dn, inner), axis=0)
+    del reset
+    found = {INPUT: from_x @ way.w, WEIGHT: way.product(from_x, way.x), RECURRENT: d_r, STATE: dh0}
+    return {**found, BIAS: _bias(way, from_x, gates)} if way.c.has(BIAS) else found
+
+
+@rule("RNN")
+def rnn(c: Context) -> Grads:
+    """h = tanh(W x + R h' + b) (Elman 1990), or with Relu or Sigmoid."""
+    given = [str(a) for a in c.attr("activations") or ("Tanh",)]
+    if len(set(given)) > 1 or given[0] not in _SLOPES:
+        raise c.refuse(f"activations {given} have no rule; only {list(_SLOPES)}")
+    return _layer(c, 1, [given[0]], lambda way: _rnn(way, given[0]))
+
+
+_SLOPES: dict[str, Callable[[Tensor], Tensor]] = {
+    "Tanh": lambda h: 1 - h * h,
+    "Sigmoid": lambda h: h * (1 - h),
+    "Relu": lambda h: (h > 0).cast(h.dtype),
+}
+
+
+def _rnn(way: Direction, activation: str) -> Gradients:
+    def back(_: Builder, states: Sequence[Tensor], now: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        d = (states[0] + now[0]) * now[1]
+        return [d @ way.r], [d]
+
+    every, last = way.incoming()
+    dh0, d = scan(way.b, back, [last], [every, _SLOPES[activation](way.h)], not way.reverse)
+    d.value.shape = ir.Shape([None, None, way.rows])
+    found = {INPUT: d @ way.w, WEIGHT: way.product(d, way.x), RECURRENT: way.product(d, way.before), STATE: dh0}
+    return {**found, BIAS: _bias(way, d)} if way.c.has(BIAS) else found

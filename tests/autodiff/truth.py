@@ -1,0 +1,217 @@
+"""Operators in float64 that the reference evaluator of onnx 1.23 lacks, computes in float32, or has wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from onnx.reference.op_run import OpRun
+
+
+class Erf(OpRun):
+    """The reference evaluator's own computes in float32."""
+
+    op_domain = ""
+
+    def _run(self, x: np.ndarray) -> tuple[np.ndarray]:
+        return (np.vectorize(math.erf, otypes=[np.float64])(x).astype(x.dtype),)
+
+
+class Gelu(OpRun):
+    """The same."""
+
+    op_domain = ""
+
+    def _run(self, x: np.ndarray, approximate: str | None = None) -> tuple[np.ndarray]:
+        if approximate == "tanh":
+            return ((0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))).astype(x.dtype),)
+        erf = np.vectorize(math.erf, otypes=[np.float64])(x / np.sqrt(2))
+        return ((0.5 * x * (1 + erf)).astype(x.dtype),)
+
+
+class ConvTranspose(OpRun):
+    """The reference evaluator's own is wrong for groups and a batch above one (onnx 1.23)."""
+
+    op_domain = ""
+
+    def _run(self, x: np.ndarray, w: np.ndarray, bias: np.ndarray | None = None, **attributes: Any) -> Any:
+        given = {**self.__dict__, **attributes}
+
+        def attr(name: str, default: Any) -> Any:
+            value = given.get(name)
+            return default if value is None else value
+
+        n, group, d = x.ndim - 2, attr("group", 1), x.shape[2:]
+        kernel = w.shape[2:]
+        strides, dilations = attr("strides", [1] * n), attr("dilations", [1] * n)
+        extra, auto = attr("output_padding", [0] * n), attr("auto_pad", "NOTSET")
+        pads = list(attr("pads", [0] * 2 * n))
+        full = [s * (i - 1) + (k - 1) * e + 1 + o for s, i, k, e, o in zip(strides, d, kernel, dilations, extra)]
+        wanted = attr("output_shape", None) or ([i * s for i, s in zip(d, strides)] if "SAME" in auto else None)
+        if wanted is not None:
+            total = [max(f - o, 0) for f, o in zip(full, wanted[-n:])]
+            small, large = [t // 2 for t in total], [t - t // 2 for t in total]
+            pads = [*small, *large] if auto == "SAME_UPPER" else [*large, *small]
+        share = w.shape[1]
+        out = np.zeros((x.shape[0], share * group, *full), x.dtype)
+        per = x.shape[1] // group
+        for place in np.ndindex(*kernel):
+            spots = tuple(
+                slice(p * e, p * e + s * (i - 1) + 1, s) for p, e, s, i in zip(place, dilations, strides, d)
+            )
+            for k in range(group):
+                part = np.einsum("nc...,cm->nm...", x[:, k * per : (k + 1) * per], w[k * per : (k + 1) * per, :, *place])
+                out[:, k * share : (k + 1) * share, *spots] += part
+        out = out[:, :, *(slice(p, f - q) for p, q, f in zip(pads[:n], pads[n:], full))]
+        return (out if bias is None else out + bias.reshape(1, -1, *[1] * n),)
+
+
+class GlobalLpPool(OpRun):
+    """Missing from the reference evaluator."""
+
+    op_domain = ""
+
+    def _run(self, x: np.ndarray, p: int = 2) -> tuple[np.ndarray]:
+        return ((np.abs(x) ** p).sum(axis=tuple(range(2, x.ndim)), keepdims=True) ** (1 / p),)
+
+
+class Pad(OpRun):
+    """The reference evaluator's own refuses negative padding."""
+
+    op_domain = ""
+
+    def _run(
+        self,
+        data: np.ndarray,
+        pads: np.ndarray,
+        value: np.ndarray | None = None,
+        axes: np.ndarray | None = None,
+        mode: str | None = None,
+    ) -> tuple[np.ndarray]:
+        over = [int(a) % data.ndim for a in axes] if axes is not None else list(range(data.ndim))
+        width, cut = [(0, 0)] * data.ndim, [slice(None)] * data.ndim
+        for axis, low, high in zip(over, pads[: len(over)].tolist(), pads[len(over) :].tolist()):
+            width[axis] = (max(low, 0), max(high, 0))
+            cut[axis] = slice(max(-low, 0), min(high, 0) or None)
+        if mode in (None, "constant"):
+            fill = 0 if value is None else np.asarray(value).reshape(-1)[0]
+            return (np.pad(data, width, constant_values=fill)[tuple(cut)].astype(data.dtype),)
+        return (np.pad(data, width, mode=mode)[tuple(cut)],)  # type: ignore[call-overload]
+
+
+class GatherElements(OpRun):
+    """The reference evaluator's own refuses indices smaller than the data."""
+
+    op_domain = ""
+
+    def _run(self, data: np.ndarray, indices: np.ndarray, axis: int = 0) -> tuple[np.ndarray]:
+        part = tuple(slice(None) if i == axis % data.ndim else slice(n) for i, n in enumerate(indices.shape))
+        return (np.take_along_axis(data[part], indices, axis),)
+
+
+class MeanVarianceNormalization(OpRun):
+    """By definition the reference evaluator adds a float32 constant."""
+
+    op_domain = ""
+
+    def _run(self, x: np.ndarray, axes: Sequence[int] | None = None) -> tuple[np.ndarray]:
+        over = tuple(axes or (0, 2, 3))
+        return ((x - x.mean(over, keepdims=True)) / (x.std(over, keepdims=True) + 1e-9),)
+
+
+class Scan(OpRun):
+    """The reference evaluator's own knows neither other axes nor directions."""
+
+    op_domain = ""
+
+    def need_context(self) -> bool:
+        return True
+
+    def _run(self, *args: np.ndarray, context: Any = None, **given: Any) -> Any:
+        body = self.body
+        sliced = self.num_scan_inputs
+        states, stacks = list(args[: len(args) - sliced]), args[len(args) - sliced :]
+        results = len(body.output_names) - len(states)
+        axes = self.scan_input_axes or [0] * sliced
+        stacks = [np.moveaxis(t, a, 0) for t, a in zip(stacks, axes)]
+        stacks = [t[::-1] if d else t for t, d in zip(stacks, self.scan_input_directions or [0] * sliced)]
+        found: list[list[np.ndarray]] = [[] for _ in range(results)]
+        for step in range(len(stacks[0])):
+            feeds = dict(context or {})
+            feeds.update(zip(body.input_names, [*states, *(t[step] for t in stacks)]))
+            outputs = self._run_body(feeds)
+            states = outputs[: len(states)]
+            for kept, new in zip(found, outputs[len(states) :]):
+                kept.append(new)
+        ways, out_axes = self.scan_output_directions or [0] * results, self.scan_output_axes or [0] * results
+        whole = [np.stack(kept[::-1] if way else kept, axis) for kept, way, axis in zip(found, ways, out_axes)]
+        return tuple(np.asarray(t) for t in (*states, *whole))
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
+class _Recurrent(OpRun):
+    """The reference evaluator's own have one direction, and forward only."""
+
+    op_domain = ""
+    gates = 1
+
+    def _run(self, x: Any, w: Any, r: Any, b: Any = None, lengths: Any = None, *rest: Any, **given: Any) -> Any:
+        for name, value in given.items():
+            if value is not None:
+                setattr(self, name, value)
+        hidden, d = self.hidden_size, w.shape[0]
+        initial = [t for t in rest if t is not None][: 2 if self.gates == 4 else 1]
+        while len(initial) < (2 if self.gates == 4 else 1):
+            initial.append(np.zeros((d, x.shape[1], hidden), x.dtype))
+        b = b if b is not None else np.zeros((d, 2 * self.gates * hidden), x.dtype)
+        y = np.zeros((x.shape[0], d, x.shape[1], hidden), x.dtype)
+        last = []
+        for k in range(d):
+            state = [t[k] for t in initial]
+            back = self.direction == "reverse" or k == 1
+            for t in range(x.shape[0])[:: -1 if back else 1]:
+                state = self.step(x[t], state, w[k], r[k], *np.split(b[k], 2))
+                y[t, k] = state[0]
+            last.append(state)
+        finals = [np.stack([state[i] for state in last]) for i in range(len(last[0]))]
+        return tuple([y, *finals][: len(self.onnx_node.output)])
+
+    def step(self, x: Any, state: Any, w: Any, r: Any, wb: Any, rb: Any) -> list[np.ndarray]:
+        raise NotImplementedError
+
+
+class LSTM(_Recurrent):
+    gates = 4
+
+    def step(self, x: Any, state: Any, w: Any, r: Any, wb: Any, rb: Any) -> list[np.ndarray]:
+        h, c = state
+        i, o, f, g = np.split(x @ w.T + h @ r.T + wb + rb, 4, -1)
+        c = _sigmoid(f) * c + _sigmoid(i) * np.tanh(g)
+        return [_sigmoid(o) * np.tanh(c), c]
+
+
+class GRU(_Recurrent):
+    gates = 3
+
+    def step(self, x: Any, state: Any, w: Any, r: Any, wb: Any, rb: Any) -> list[np.ndarray]:
+        (h,) = state
+        wz, wr, wh = np.split(x @ w.T + wb, 3, -1)
+        rz, rr, rh = np.split(h @ r.T + rb, 3, -1)
+        z, reset = _sigmoid(wz + rz), _sigmoid(wr + rr)
+        size = h.shape[-1]
+        inner = reset * rh if self.linear_before_reset else (reset * h) @ r[2 * size :].T + rb[2 * size :]
+        return [(1 - z) * np.tanh(wh + inner) + z * h]
+
+
+class RNN(_Recurrent):
+    def step(self, x: Any, state: Any, w: Any, r: Any, wb: Any, rb: Any) -> list[np.ndarray]:
+        slope = {"Tanh": np.tanh, "Relu": lambda t: np.maximum(t, 0), "Sigmoid": _sigmoid}
+        return [slope[(self.activations or ["Tanh"])[0]](x @ w.T + state[0] @ r.T + wb + rb)]
+
+
+OWN = [Scan, LSTM, GRU, RNN, Pad, GatherElements, MeanVarianceNormalization, Erf, Gelu, ConvTranspose, GlobalLpPool]
