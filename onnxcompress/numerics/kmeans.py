@@ -14,10 +14,12 @@ import numpy.typing as npt
 from onnxcompress.numerics.chunks import CHUNK, F32, F64, I64, Array, as_float32, flat, slices
 from onnxcompress.numerics.distinct import BINS, LOW_BITS, distinct
 from onnxcompress.numerics.partition import Points, partition
+from onnxcompress.numerics.rows import Rows, partition_rows, rows_at_once
 
 U8 = npt.NDArray[np.uint8]
 
 MAX_CLUSTERS = 256
+COUNT_TO = 32  # entries up to which comparing with every threshold is faster than a binary search
 TABLE_FROM = 1 << 16  # below so many values a binary search each is faster than filling a table
 
 
@@ -86,16 +88,16 @@ def kmeans_rows(values: Array, k: int, *, pinned_zero: bool = False) -> RowClust
     codebook = np.zeros((count, k), dtype=np.float32)
     codes = np.zeros(values.shape, dtype=np.uint8)
     errors = np.zeros(count)
-    if length > CHUNK >> 3:  # so long that vectorizing over rows gains nothing and would take memory
+    if length > CHUNK:  # so long that vectorizing over rows gains nothing and would take memory
         for row in range(count):
             found = kmeans1d(values[row], k, pinned_zero=pinned_zero)
             codebook[row] = np.pad(found.codebook, (0, k - len(found.codebook)), mode="edge")
             codes[row], errors[row] = found.codes, found.error
     elif length:
+        for part in slices(count, rows_at_once(length, k)):
+            codebook[part] = _row_centers(values[part], k, pinned_zero)
         for part in slices(count, max(1, (CHUNK >> 2) // length)):
-            x = as_float32(values[part])
-            codebook[part] = _row_centers(x, k, pinned_zero)
-            codes[part], errors[part] = _assign_rows(x, codebook[part])
+            codes[part], errors[part] = _assign_rows(as_float32(values[part]), codebook[part])
     return RowClusters(codebook, codes, errors)
 
 
@@ -127,39 +129,83 @@ def _centers(point: F64, weight: F64, k: int, pinned: bool) -> F32:
 
 
 def _codebook(points: Points, bounds: I64) -> F32:
-    # + 0.0 turns -0.0 into 0.0; means of disjoint intervals of float32 values stay distinct when rounded to float32
-    codebook: F32 = (points.centers(bounds) + points.center[:, None] + 0.0).astype(np.float32)
+    return _ascending(points.centers(bounds) + points.center[:, None])
+
+
+def _row_centers(x: Array, k: int, pinned: bool) -> F32:
+    """Codebooks [R, k] of the rows [R, M]."""
+    codebook = np.empty((len(x), k), dtype=np.float32)
+    smooth, which = [], []
+    for part in slices(len(x), max(1, (CHUNK >> 2) // x.shape[1])):
+        ordered = np.sort(as_float32(x[part]), axis=1)
+        if not np.isfinite(ordered[:, [0, -1]]).all():
+            raise ValueError("values hold NaN or infinity")
+        whole = np.zeros(len(ordered), dtype=bool) if pinned else _without_runs(ordered, k)
+        if whole.any():
+            smooth.append(Rows.ascending(ordered if whole.all() else ordered[whole], k))
+            which.append(np.flatnonzero(whole) + part.start)
+        if not whole.all():
+            rest = np.flatnonzero(~whole)
+            codebook[rest + part.start] = _distinct_centers(ordered[rest], k, pinned)
+    if smooth:
+        rows, found = Rows.together(smooth), np.concatenate(which)
+        bounds, well = partition_rows(rows, k)
+        codebook[found] = _ascending(rows.centers(bounds))
+        well &= (np.diff(codebook[found], axis=1) > 0).all(axis=1)
+        for row in found[~well]:
+            codebook[row] = _distinct_centers(np.sort(as_float32(x[row : row + 1]), axis=1), k, pinned)
     return codebook
 
 
-def _row_centers(x: F32, k: int, pinned: bool) -> F32:
-    """Codebooks [R, k] of the rows [R, M]."""
+def _without_runs(ordered: F32, k: int) -> npt.NDArray[np.bool_]:
+    """Which sorted rows hold more than k distinct values and no long runs of equal ones."""
+    run = max(2, ordered.shape[1] // (8 * k))
+    if ordered.shape[1] <= max(run, k):
+        return np.zeros(len(ordered), dtype=bool)
+    distinct_values = np.count_nonzero(ordered[:, 1:] != ordered[:, :-1], axis=1) + 1
+    found: npt.NDArray[np.bool_] = distinct_values > k
+    found &= ~(ordered[:, run:] == ordered[:, :-run]).any(axis=1)
+    return found
+
+
+def _distinct_centers(ordered: F32, k: int, pinned: bool) -> F32:
+    """Codebooks [R, k] of sorted rows [R, M], by their distinct values."""
     if pinned:
-        x = np.concatenate([x, np.zeros((len(x), 1), dtype=np.float32)], axis=1)
-    ordered = np.sort(x, axis=1).astype(np.float64) + 0.0
-    if not np.isfinite(ordered[:, [0, -1]]).all():
-        raise ValueError("values hold NaN or infinity")
-    new = np.ones(ordered.shape, dtype=bool)
-    np.not_equal(ordered[:, 1:], ordered[:, :-1], out=new[:, 1:])
-    size = new.sum(axis=1)
-    weight = np.ones_like(ordered)
+        ordered = np.sort(np.concatenate([ordered, np.zeros((len(ordered), 1), dtype=np.float32)], axis=1), axis=1)
+    x = ordered.astype(np.float64) + 0.0
+    new = np.ones(x.shape, dtype=bool)
+    np.not_equal(x[:, 1:], x[:, :-1], out=new[:, 1:])
+    size = np.count_nonzero(new, axis=1)
+    weight = np.ones_like(x)
     if not new.all():
-        place = np.cumsum(new, axis=1) - 1 + (np.arange(len(x)) * ordered.shape[1])[:, None]
-        weight = np.bincount(place.reshape(-1), minlength=ordered.size).reshape(ordered.shape).astype(np.float64)
-        packed = np.repeat(ordered[:, -1:], ordered.shape[1], axis=1)
-        packed.reshape(-1)[place[new]] = ordered[new]
-        ordered = packed
+        place = np.cumsum(new, axis=1) - 1 + (np.arange(len(x)) * x.shape[1])[:, None]
+        weight = np.bincount(place.reshape(-1), minlength=x.size).reshape(x.shape).astype(np.float64)
+        packed = np.repeat(x[:, -1:], x.shape[1], axis=1)
+        packed.reshape(-1)[place[new]] = x[new]
+        x = packed
     if pinned:
-        weight[ordered == 0] -= 1.0  # the zero put in above; padding of weight 0 repeats the last value, perhaps 0
+        weight[x == 0] -= 1.0  # the zero put in above; padding of weight 0 repeats the last value, perhaps 0
         np.maximum(weight, 0.0, out=weight)
-    if ordered.shape[1] < k:
-        ordered = np.pad(ordered, ((0, 0), (0, k - ordered.shape[1])), mode="edge")
-    codebook = ordered[:, :k].astype(np.float32)
+    if x.shape[1] < k:
+        x = np.pad(x, ((0, 0), (0, k - x.shape[1])), mode="edge")
+    codebook = x[:, :k].astype(np.float32)
     many = np.flatnonzero(size > k)
     if len(many):
         width = int(size[many].max())
-        points = Points.build(ordered[many, :width], weight[many, :width], size[many], pinned)
-        codebook[many] = _codebook(points, partition(points, k))
+        x, weight, size = x[many, :width], weight[many, :width], size[many]
+        rows = Rows.distinct(x, weight, size, pinned)
+        bounds, well = partition_rows(rows, k)
+        codebook[many] = _ascending(rows.centers(bounds))
+        for row in np.flatnonzero(~well):
+            here = slice(row, row + 1)
+            points = Points.build(x[here, : size[row]], weight[here, : size[row]], size[here], pinned)
+            codebook[many[here]] = _codebook(points, partition(points, k))
+    return codebook
+
+
+def _ascending(centers: F64) -> F32:
+    # + 0.0 turns -0.0 into 0.0; means of disjoint intervals of float32 values stay distinct when rounded to float32
+    codebook: F32 = (centers + 0.0).astype(np.float32)
     return codebook
 
 
@@ -214,10 +260,19 @@ def _assign_rows(x: F32, codebook: F32) -> tuple[U8, F64]:
     threshold[:, : k - 1] = _thresholds(codebook)
     # a padded codebook repeats its last entry: nothing may lie above the first of them
     threshold[:, : k - 1][codebook[:, 1:] == codebook[:, :-1]] = np.inf
-    offset = (np.arange(len(x)) << levels)[:, None]
-    code = np.zeros(x.shape, dtype=np.int64)
-    for level in range(levels - 1, -1, -1):
-        code += (x > threshold.reshape(-1)[code + (offset + (1 << level) - 1)]).astype(np.int64) << level
-    found = codebook.reshape(-1)[code + (np.arange(len(x)) * k)[:, None]]
-    difference = x.astype(np.float64) - found
-    return code.astype(np.uint8), np.einsum("rm,rm->r", difference, difference)
+    row = np.arange(len(x))[:, None]
+    if k <= COUNT_TO:
+        code = np.zeros(x.shape, dtype=np.uint8)
+        above = np.empty(x.shape, dtype=bool)
+        for entry in range(k - 1):
+            np.greater(x, threshold[:, entry, None], out=above)
+            code += above.view(np.uint8)
+    else:
+        wide = np.zeros(x.shape, dtype=np.int64)
+        for level in range(levels - 1, -1, -1):
+            wide += (x > threshold.reshape(-1).take(wide + ((row << levels) + (1 << level) - 1))).astype(
+                np.int64
+            ) << level
+        code = wide.astype(np.uint8)
+    difference = x - codebook.reshape(-1).take(code + row * k).astype(np.float64)
+    return code, np.einsum("rm,rm->r", difference, difference)
