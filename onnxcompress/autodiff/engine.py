@@ -56,7 +56,7 @@ def backward(
     `nodes`: the forward graph, or the body of a control-flow operator, in topological order.
     """
     needed = reach(nodes, wrt)
-    parts: dict[ir.Value, list[Tensor]] = {value: [seed] for value, seed in seeds.items()}
+    parts: dict[ir.Value, list[Tensor]] = {value: [b.wrap(seed.value)] for value, seed in seeds.items()}
     for node in reversed(nodes):
         inputs = inputs_of(node)
         if not any(y in parts for y in node.outputs) or not any(x in needed for x in inputs):

@@ -150,6 +150,28 @@ class Scan(OpRun):
         return tuple(np.asarray(t) for t in (*states, *whole))
 
 
+class Loop(OpRun):
+    """The reference evaluator's own joins what the steps return along an axis they have, instead of a new one."""
+
+    op_domain = ""
+
+    def need_context(self) -> bool:
+        return True
+
+    def _run(self, count: Any, condition: Any, *states: np.ndarray, context: Any = None, **given: Any) -> Any:
+        body, now, step = self.body, list(states), 0
+        kept: list[list[np.ndarray]] = [[] for _ in range(len(body.output_names) - 1 - len(now))]
+        going = True if condition is None else bool(np.asarray(condition).item())
+        while going and (count is None or step < int(np.asarray(count).item())):
+            feeds = dict(context or {})
+            feeds.update(zip(body.input_names, [np.array(step), np.array(going), *now]))
+            outputs = self._run_body(feeds)
+            going, now, step = bool(outputs[0]), list(outputs[1 : 1 + len(now)]), step + 1
+            for stack, new in zip(kept, outputs[1 + len(now) :]):
+                stack.append(new)
+        return tuple([*now, *(np.stack(stack) for stack in kept)])
+
+
 def _sigmoid(x: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-x))
 
@@ -214,4 +236,4 @@ class RNN(_Recurrent):
         return [slope[(self.activations or ["Tanh"])[0]](x @ w.T + state[0] @ r.T + wb + rb)]
 
 
-OWN = [Scan, LSTM, GRU, RNN, Pad, GatherElements, MeanVarianceNormalization, Erf, Gelu, ConvTranspose, GlobalLpPool]
+OWN = [Scan, Loop, LSTM, GRU, RNN, Pad, GatherElements, MeanVarianceNormalization, Erf, Gelu, ConvTranspose, GlobalLpPool]
