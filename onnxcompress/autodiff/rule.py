@@ -89,9 +89,15 @@ class Context:
             raise self.refuse(f"the rank of input {index} is unknown; declare its shape")
         return rank
 
-    def axis(self, default: int = 0, rank: int | None = None) -> int:
-        """Attribute `axis` as a number from 0 on."""
-        return int(self.attr("axis", default)) % ((self.rank() if rank is None else rank) or 1)
+    def axis(self, default: int = 0) -> int:
+        """Attribute `axis`, as a number from 0 on where the rank of the first input is known."""
+        axis, rank = int(self.attr("axis", default)), self.x[0].rank
+        return axis % rank if rank else axis
+
+    def axes_from(self, default: int) -> list[int]:
+        """Attribute `axis` and all axes after it."""
+        axis = self.axis(default)
+        return list(range(axis, 0)) if axis < 0 else list(range(axis, self.rank()))
 
     def output(self, index: int, dtype: ir.DataType | None = None) -> Tensor:
         """Output `index` of the forward node, which is made to emit it where it did not."""

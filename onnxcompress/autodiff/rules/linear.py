@@ -14,6 +14,8 @@ def matmul(c: Context) -> Grads:
     of the stack become rows of one tall matrix.
     """
     (a, b), g = c.x, c.g
+    if a.rank is None and b.rank == 2:
+        return _by_matrix(c)
     rank_a, rank_b = c.rank(0), c.rank(1)
     # Vectors become matrices, as the operator defines: a row on the left, a column on the right.
     left = a.unsqueeze(0) if rank_a == 1 else a
@@ -24,13 +26,20 @@ def matmul(c: Context) -> Grads:
     if rank_a == 1:
         g = g.unsqueeze(rank - 2)
     da = g @ right.swap()
-    if right.rank == 2:
-        tall, rows = left.reshape([-1, left.size(-1)]), g.reshape([-1, right.size(-1)])
-        db = c.b.op("Gemm", tall, rows, transA=1, shape=right.shape) if c.needs[1] else None
-    else:
-        db = (left.swap() @ g).unbroadcast(right) if c.needs[1] else None
-    da = da.unbroadcast(left)
-    return [da.reshape_like(a), None if db is None else db.reshape_like(b)]
+    db = _tall_product(left, g, right) if right.rank == 2 else (left.swap() @ g).unbroadcast(right)
+    return [da.unbroadcast(left).reshape_like(a), db.reshape_like(b)]
+
+
+def _by_matrix(c: Context) -> Grads:
+    """A B for a matrix B and any number of axes before the last of A."""
+    a, b = c.x
+    return [c.g @ b.swap(), _tall_product(a, c.g, b)]
+
+
+def _tall_product(a: Tensor, g: Tensor, b: Tensor) -> Tensor:
+    """A^T G with all rows of a stack below each other, for a matrix B [K, N]."""
+    tall, rows = a.reshape([-1, b.size(0)]), g.reshape([-1, b.size(1)])
+    return a.b.op("Gemm", tall, rows, transA=1, shape=b.shape)
 
 
 @rule("Gemm")

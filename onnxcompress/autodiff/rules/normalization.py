@@ -44,9 +44,7 @@ def batch_normalization(c: Context) -> Grads:
 def layer_normalization(c: Context) -> Grads:
     """The forward node is made to give its mean and inverse deviation."""
     c.only()
-    x, scale, g, rank = c.x[0], c.x[1], c.g, c.rank()
-    axis = c.axis(-1)
-    axes = list(range(axis, rank))
+    x, scale, g, axes = c.x[0], c.x[1], c.g, c.axes_from(-1)
     mean, inverse = (c.output(i, ir.DataType.FLOAT).cast(x.dtype) for i in (1, 2))
     normal = (x - mean) * inverse
     normal.value.shape = x.value.shape
@@ -75,7 +73,7 @@ def instance_normalization(c: Context) -> Grads:
 def rms_normalization(c: Context) -> Grads:
     """y = x r scale, r = 1 / sqrt(mean x^2 + epsilon): dx = r (h - n mean(h n)) with n = x r, h = g scale."""
     x, scale, g = c.x[0], c.x[1], c.g
-    axes = list(range(c.axis(-1), c.rank()))
+    axes = c.axes_from(-1)
     inverse = 1 / ((x * x).mean(*axes) + c.attr("epsilon", 1e-5)).map("Sqrt")
     normal = x * inverse
     h = g * scale
