@@ -151,8 +151,8 @@ def test_provenance_says_what_was_done_and_nothing_of_time_or_place(tmp_path: pa
 
 def test_the_same_bytes_in_another_folder_with_other_threads(tmp_path: pathlib.Path) -> None:
     (tmp_path / "deep").mkdir()
-    compressed("digits_gru", tmp_path / "a.onnx", threads=1)
-    compressed("digits_gru", tmp_path / "deep" / "b.onnx", threads=2)
+    oc.compress(bundled("digits_gru"), "small", out=tmp_path / "a.onnx", threads=1)
+    oc.compress(bundled("digits_gru"), "small", out=tmp_path / "deep" / "b.onnx", threads=2)
     assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "deep" / "b.onnx").read_bytes()
 
 
