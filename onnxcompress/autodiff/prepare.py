@@ -75,16 +75,19 @@ def lift(model: ir.Model) -> None:
 
 
 def hoist(model: ir.Model) -> None:
-    """Move initializers and Constant nodes of bodies to the main graph, where they can be seen and trained."""
+    """Move float constants of bodies to the main graph, where they can be seen and trained.
+
+    Integers stay: shape inference does not look for their values outside a body (onnx 1.23).
+    """
     names = Builder(model.graph, 0)
     for body in list(_bodies(model.graph)):
         for value in list(body.initializers.values()):
-            if value.is_graph_input() or value.const_value is None:
+            if value.is_graph_input() or value.const_value is None or not value.const_value.dtype.is_floating_point():
                 continue
             _move(model.graph, names, value, value.const_value)
         for node in list(body):
             tensor = ir.convenience.get_const_tensor(node.outputs[0]) if node.op_type == "Constant" else None
-            if tensor is not None:
+            if tensor is not None and tensor.dtype.is_floating_point():
                 _move(model.graph, names, node.outputs[0], tensor)
                 if not node.outputs[0].uses():
                     body.remove(node, safe=True)

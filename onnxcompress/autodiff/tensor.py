@@ -192,6 +192,12 @@ class Tensor:
         """True when every size is a number."""
         return self.shape is not None and all(isinstance(d, int) for d in self.shape)
 
+    def shaped(self, *sizes: int | str | None) -> Tensor:
+        """This tensor, its shape declared where nothing was known."""
+        if self.value.shape is None:
+            self.value.shape = ir.Shape(sizes)
+        return self
+
     # Arithmetic ------------------------------------------------------------------------------------------------------
 
     def operand(self, other: Operand) -> Tensor:

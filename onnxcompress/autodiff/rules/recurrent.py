@@ -71,25 +71,25 @@ class Direction:
     def __post_init__(self) -> None:
         c, d = self.c, self.index
         self.b = c.b
-        self.x, self.w, self.r = c.x[INPUT], c.x[WEIGHT].at(0, d), c.x[RECURRENT].at(0, d)
         self.hidden = int(c.attr("hidden_size"))
         self.rows = self.gates * self.hidden
+        self.x = c.x[INPUT].shaped(None, None, None)
+        self.w = c.x[WEIGHT].at(0, d).shaped(self.rows, None)
+        self.r = c.x[RECURRENT].at(0, d).shaped(self.rows, self.hidden)
         self.wb = self.rb = None
         if c.has(BIAS):
-            both = c.x[BIAS].at(0, d)
+            both = c.x[BIAS].at(0, d).shaped(2 * self.rows)
             self.wb, self.rb = both.slice([0], [0], [self.rows]), both.slice([0], [self.rows], [2 * self.rows])
-        self.h = c.output(0).at(1, d)
+        self.h = c.output(0).at(1, d).shaped(None, None, self.hidden)
         self.h0 = self._initial(STATE)
         self.before = self.shifted(self.h, self.h0)
 
     def _initial(self, index: int) -> Tensor:
         c = self.c
         if c.has(index):
-            return c.x[index].at(0, self.index)
-        n = self.x.size(1)
-        zeros = self.b.zeros(self.b.ints([n, self.hidden]), self.x.dtype)
-        zeros.value.shape = ir.Shape([n if isinstance(n, int) else None, self.hidden])
-        return zeros
+            return c.x[index].at(0, self.index).shaped(None, self.hidden)
+        sizes = self.b.ints([self.x.size(1), self.hidden])
+        return self.b.zeros(sizes, self.x.dtype).shaped(None, self.hidden)
 
     def cell(self) -> Tensor:
         """The initial cell state."""
@@ -104,7 +104,7 @@ class Direction:
 
     def affine(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
         """x w^T + bias."""
-        y = x @ w.transpose([1, 0])
+        y = (x @ w.transpose([1, 0])).shaped(None, None, w.shape[0] if w.shape else None)
         return y if bias is None else y + bias
 
     def split(self, t: Tensor, axis: int, parts: int | None = None) -> list[Tensor]:
@@ -117,13 +117,13 @@ class Direction:
         """Gradients from outside: of all hidden states [T, N, H], and of the last one [N, H]."""
         gs, b = self.c.gs, self.b
         every = gs[0].at(1, self.index) if gs[0] is not None else b.zeros(self.h.sizes(), self.x.dtype)
-        every.value.shape = ir.Shape([None, None, self.hidden])
-        return every, self.final(1)
+        return every.shaped(None, None, self.hidden), self.final(1)
 
     def final(self, output: int) -> Tensor:
         """The gradient of the last state in `output`, or zeros."""
         g = self.c.gs[output] if output < len(self.c.gs) else None
-        return g.at(0, self.index) if g is not None else self.b.zeros(self.h0.sizes(), self.x.dtype)
+        last = g.at(0, self.index) if g is not None else self.b.zeros(self.h0.sizes(), self.x.dtype)
+        return last.shaped(None, self.hidden)
 
     def product(self, left: Tensor, right: Tensor) -> Tensor:
         """Sum over steps and batch of left^T right: [A, B] from [T, N, A] and [T, N, B]."""
@@ -184,8 +184,7 @@ def lstm(c: Context) -> Grads:
 
 def _lstm(way: Direction) -> Gradients:
     b = way.b
-    pre = way.affine(way.x, way.w, way.wb) + way.affine(way.before, way.r, way.rb)
-    pre.value.shape = ir.Shape([None, None, way.rows])
+    pre = (way.affine(way.x, way.w, way.wb) + way.affine(way.before, way.r, way.rb)).shaped(None, None, way.rows)
     i, o, f, g = way.split(pre, 2)
     i, o, f, g = i.map("Sigmoid"), o.map("Sigmoid"), f.map("Sigmoid"), g.map("Tanh")
     c0 = way.cell()
@@ -195,8 +194,7 @@ def _lstm(way: Direction) -> Gradients:
         return [cell], [cell]
 
     added = i * g
-    cells = scan(b, advance, [c0], [f, added], way.reverse)[1]
-    cells.value.shape = added.value.shape
+    cells = scan(b, advance, [c0], [f, added], way.reverse)[1].shaped(None, None, way.hidden)
     old = way.shifted(cells, c0)
     t = cells.map("Tanh")
     # Per step: dC += dh o (1 - t^2); then every gate's gradient is a factor known beforehand times dC or dh.
@@ -215,7 +213,7 @@ def _lstm(way: Direction) -> Gradients:
     dh0, dc0, gates = scan(
         b, back, [last, way.final(2)], [every, from_h, to_i, to_o, to_f, to_g, f], not way.reverse
     )
-    gates.value.shape = ir.Shape([None, None, way.rows])
+    gates.shaped(None, None, way.rows)
     found = {
         INPUT: gates @ way.w,
         WEIGHT: way.product(gates, way.x),
@@ -260,15 +258,14 @@ def _gru(way: Direction) -> Gradients:
 
     every, last = way.incoming()
     dh0, gates, dn = scan(b, back, [last], [every, to_n, to_z, to_r, z, r], not way.reverse)
-    gates.value.shape, dn.value.shape = ir.Shape([None, None, way.rows]), ir.Shape([None, None, way.hidden])
-    dz, dr, reset = way.split(gates, 2)
+    gates, dn = gates.shaped(None, None, way.rows), dn.shaped(None, None, way.hidden)
+    dz, dr, _ = way.split(gates, 2)
     from_x = b.op("Concat", dz, dr, dn, axis=2, shape=(None, None, way.rows)) if linear else gates
     if linear:
         d_r = way.product(gates, before)
     else:
         upper = way.product(b.op("Concat", dz, dr, axis=2, shape=(None, None, 2 * way.hidden)), before)
         d_r = b.op("Concat", upper, way.product(dn, inner), axis=0)
-    del reset
     found = {INPUT: from_x @ way.w, WEIGHT: way.product(from_x, way.x), RECURRENT: d_r, STATE: dh0}
     return {**found, BIAS: _bias(way, from_x, gates)} if way.c.has(BIAS) else found
 
@@ -296,6 +293,6 @@ def _rnn(way: Direction, activation: str) -> Gradients:
 
     every, last = way.incoming()
     dh0, d = scan(way.b, back, [last], [every, _SLOPES[activation](way.h)], not way.reverse)
-    d.value.shape = ir.Shape([None, None, way.rows])
+    d = d.shaped(None, None, way.rows)
     found = {INPUT: d @ way.w, WEIGHT: way.product(d, way.x), RECURRENT: way.product(d, way.before), STATE: dh0}
     return {**found, BIAS: _bias(way, d)} if way.c.has(BIAS) else found

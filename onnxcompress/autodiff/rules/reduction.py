@@ -22,8 +22,9 @@ class Reduced:
             self.dynamic = c.x[1] if constant is None else None
         self.nothing = not given and self.dynamic is None and bool(c.attr("noop_with_empty_axes", 0))
         self.axes: Sequence[int] | None = None  # None: all of them, or not known
-        if given:
-            self.axes = sorted(int(axis) % c.rank() for axis in given)
+        if given:  # with an unknown rank they stay as they are given, which serves as well
+            rank = c.x[0].rank
+            self.axes = sorted(int(axis) % rank if rank else int(axis) for axis in given)
 
     def kept(self, t: Tensor) -> Tensor:
         """`t`, shaped like the output, with the reduced axes of size 1, so that it broadcasts against the input."""
@@ -31,7 +32,9 @@ class Reduced:
             return t
         if self.dynamic is not None:
             return self.c.b.op("Unsqueeze", t, self.dynamic)
-        return t if self.axes is None else t.unsqueeze(*self.axes)
+        if self.axes is None:
+            return t
+        return t.unsqueeze(*self.axes) if self.c.x[0].rank else self.c.b.op("Unsqueeze", t, self.c.b.ints(self.axes))
 
     def count(self) -> Operand:
         """How many elements were reduced to one."""
