@@ -21,21 +21,19 @@ class EvenLevels(Pass):
     bits: int = parameter(8, "bits a code", choices=(1, 2, 4, 8))
 
     def apply(self, model: ir.Model, run: Run) -> Coverage:
-        coverage, top = Coverage(), (1 << self.bits) - 1
+        seen, top = Coverage(), (1 << self.bits) - 1
         for weight in weights(model, run.work):
             array = weight.array().astype(np.float32)
             if not self.select.allows(weight):
-                coverage.left.append(Left(weight.key, weight.nbytes, Reason.EXCLUDED))
+                seen.left.append(Left(weight.key, weight.nbytes, Reason.EXCLUDED))
             elif weight.role not in WEIGHT_ROLES or weight.attribute or weight.encoding.kind != "dense":
-                coverage.left.append(Left(weight.key, weight.nbytes, Reason.ROLE, "no plain weight of a layer"))
+                seen.left.append(Left(weight.key, weight.nbytes, Reason.ROLE, "no plain weight of a layer"))
             elif weight.size < 1024 or not np.isfinite(array).all():
-                coverage.left.append(Left(weight.key, weight.nbytes, Reason.TOO_SMALL, "or not finite"))
+                seen.left.append(Left(weight.key, weight.nbytes, Reason.TOO_SMALL, "or not finite"))
             else:
                 levels = np.linspace(array.min(), array.max(), top + 1, dtype=np.float32)
                 codes = np.rint((array - levels[0]) / (np.ptp(levels) or 1) * top).astype(np.uint8)
                 new = Codebook(codes, levels.astype(weight.dtype), out=weight.dtype)
-                coverage.touched.append(
-                    Touched(weight.key, weight.nbytes, new.nbytes, relative_rms(array, new.decode()))
-                )
+                seen.touched.append(Touched(weight.key, weight.nbytes, new.nbytes, relative_rms(array, new.decode())))
                 weight.replace(new)
-        return coverage
+        return seen
