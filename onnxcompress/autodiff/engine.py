@@ -65,8 +65,8 @@ def backward(
             continue
         b.scope = f"{node.name or node.outputs[0].name}/grad"
         gs = [b.sum(parts[y]) if y in parts else None for y in node.outputs]
-        parts.update({y: [g] for y, g in zip(node.outputs, gs) if g is not None})
-        for x, gradient in zip(inputs, _apply(b, node, inputs, gs, needed, wrt)):
+        parts.update({y: [g] for y, g in zip(node.outputs, gs, strict=False) if g is not None})
+        for x, gradient in zip(inputs, _apply(b, node, inputs, gs, needed, wrt), strict=False):
             if gradient is not None and x is not None and x in needed:
                 if x.shape is not None:
                     gradient.value.shape = ir.Shape(x.shape)

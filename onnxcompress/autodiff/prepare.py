@@ -9,6 +9,7 @@ the ONNX standard (Attention, RotaryEmbedding, GroupNormalization, the losses an
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -101,7 +102,9 @@ def _move(graph: ir.Graph, names: Builder, value: ir.Value, tensor: ir.TensorPro
     if value.is_initializer():
         del body.initializers[name]
     taken = name if name not in {v.name for v in _values(graph)} else names.name(name)
-    twin = ir.Value(name=taken, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=tensor.shape)
+    twin = ir.Value(
+        name=taken, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy())
+    )
     value.replace_all_uses_with(twin, replace_graph_outputs=False)
     graph.register_initializer(twin)
     for index, output in enumerate(body.outputs):
@@ -152,7 +155,7 @@ def _define(root: Builder, graph: ir.Graph, node: ir.Node) -> bool:
         return False
     nodes = list(scratch.graph)
     scratch.graph.remove(nodes)
-    pairs = [(y, r.value) for y, r in zip(node.outputs, results) if r is not None]
+    pairs = [(y, r.value) for y, r in zip(node.outputs, results, strict=False) if r is not None]
     ir.convenience.replace_nodes_and_values(graph, node, [node], nodes, [y for y, _ in pairs], [r for _, r in pairs])
     return True
 
@@ -166,7 +169,7 @@ def _standard_definition(model: ir.Model, node: ir.Node) -> bool:
         return False
     opset = model.opset_imports[""]
     try:
-        schema = onnx.defs.get_schema(node.op_type, opset, "")
+        schema: Any = onnx.defs.get_schema(node.op_type, opset, "")  # its stubs lack the functions
     except onnx.defs.SchemaError:
         return False
     proto = onnx.FunctionProto()

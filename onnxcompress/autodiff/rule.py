@@ -136,7 +136,7 @@ def elementwise(op_type: str, *partials: Callable[..., Tensor] | None, domain: s
 
     def apply(c: Context) -> Grads:
         found: list[Tensor | None] = []
-        for x, partial, needed in zip(c.x, partials, c.needs):
+        for x, partial, needed in zip(c.x, partials, c.needs, strict=False):
             found.append(partial(c.g, *c.x, c.y[0]).unbroadcast(x) if partial and needed else None)
         return found
 

@@ -8,13 +8,13 @@ used where they are known and computed in the graph where they are not: no dynam
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Union
 
 import numpy as np
 import onnx_ir as ir
 
-Dims = tuple[Union[int, str, None], ...]  # a size, the name of a free dimension, or None for an unknown one
+Dims = tuple[int | str | None, ...]  # a size, the name of a free dimension, or None for an unknown one
 Size = Union[int, "Tensor"]  # a dimension: a number, or an int64 tensor [1] that holds it at run time
 Operand = Union["Tensor", float, int, bool]
 
@@ -34,7 +34,7 @@ class Builder:
         self.graph, self.opset = graph, opset
         self.root = root or self
         self.nodes: list[ir.Node] = []
-        self.scope = root.scope if root else "grad"
+        self.scope: str = "grad" if root is None else root.scope
         if root is None:
             self._constants: dict[Any, ir.Value] = {}
             self._taken = set(_names(graph))
@@ -180,7 +180,7 @@ class Tensor:
         """Sizes, names of free dimensions, None for unknown ones; None as a whole when the rank is unknown."""
         if self.value.shape is None:
             return None
-        return tuple(d if isinstance(d, int) else d.value for d in self.value.shape)
+        return tuple(d if isinstance(d, int) else d.value or None for d in self.value.shape)
 
     @property
     def rank(self) -> int | None:
@@ -402,7 +402,7 @@ class Tensor:
         """Undo broadcasting: sum over the axes along which `like` was repeated to become as large as this tensor."""
         if self.shape is not None and like.shape is not None:
             front = len(self.shape) - len(like.shape)
-            pairs = [(i, mine, its) for i, (mine, its) in enumerate(zip(self.shape[front:], like.shape), front)]
+            pairs = [(i, self.shape[i], its) for i, its in enumerate(like.shape, front)]
             if all(isinstance(its, int) or mine == 1 or (mine == its and its is not None) for _, mine, its in pairs):
                 axes = [i for i, mine, its in pairs if its == 1 and mine != 1]
                 summed = self.sum(*range(front), *axes) if front or axes else self
@@ -428,7 +428,12 @@ def product(b: Builder, sizes: Sequence[Size]) -> Tensor:
 
 def same(a: Dims | None, b: Dims | None) -> bool:
     """True when two shapes are known to be equal."""
-    return a is not None and b is not None and len(a) == len(b) and all(x == y and x is not None for x, y in zip(a, b))
+    return (
+        a is not None
+        and b is not None
+        and len(a) == len(b)
+        and all(x == y and x is not None for x, y in zip(a, b, strict=True))
+    )
 
 
 def broadcast(a: Dims | None, b: Dims | None) -> Dims | None:
@@ -436,7 +441,7 @@ def broadcast(a: Dims | None, b: Dims | None) -> Dims | None:
     if a is None or b is None:
         return None
     rank = max(len(a), len(b))
-    pairs = zip((1,) * (rank - len(a)) + tuple(a), (1,) * (rank - len(b)) + tuple(b))
+    pairs = zip((1,) * (rank - len(a)) + tuple(a), (1,) * (rank - len(b)) + tuple(b), strict=True)
     return tuple(_wider(x, y) for x, y in pairs)
 
 
@@ -472,6 +477,3 @@ def graphs_of(attribute: ir.Attr) -> Sequence[ir.Graph]:
     if attribute.type == ir.AttributeType.GRAPH:
         return (attribute.as_graph(),)
     return attribute.as_graphs() if attribute.type == ir.AttributeType.GRAPHS else ()
-
-
-Unary = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import onnx_ir as ir
 
@@ -21,7 +22,7 @@ from onnxcompress.autodiff.tensor import Builder, Tensor
 def if_(c: Context) -> Grads:
     """The same choice between the gradients of the branches; zeros for what only the other one uses."""
     wanted = _captured(c)
-    branches = {}
+    branches: dict[str, Any] = {}
     for name in ("then_branch", "else_branch"):
         graph = _again(c.b, c.node.attributes[name].as_graph())
         inner = c.b.inside(graph)
@@ -29,7 +30,7 @@ def if_(c: Context) -> Grads:
         _give(inner, [_or_zeros(inner, found, c.x[i].value) for i in wanted])
         branches[name] = graph
     result: list[Tensor | None] = [None] * len(c.x)
-    for i, t in zip(wanted, c.b.ops("If", c.x[0], outputs=len(wanted), **branches)):
+    for i, t in zip(wanted, c.b.ops("If", c.x[0], outputs=len(wanted), **branches), strict=True):
         t.value.dtype = c.x[i].dtype
         result[i] = t
     return result
@@ -51,7 +52,7 @@ def scan(c: Context) -> Grads:
     sliced = int(c.attr("num_scan_inputs"))
     states = len(node.inputs) - sliced
     results = len(body.outputs) - states
-    saved = _save(c, body, body.inputs[:states], ("scan_output_axes", "scan_output_directions"), results)
+    saved = _save(c, body, body.inputs[:states], ("scan_output_axes", "scan_output_directions"))
     graph = _again(c.b, body)
     inputs, outputs = list(graph.inputs), list(graph.outputs)
     ways = c.attr("scan_input_directions") or [0] * sliced
@@ -75,21 +76,21 @@ def loop(c: Context) -> Grads:
     states = len(node.inputs) - 2
     results = len(body.outputs) - 1 - states
     keep = [body.inputs[0], *body.inputs[2:]]
-    saved = _save(c, body, keep, (), results)
+    saved = _save(c, body, keep)
     graph = _again(c.b, body)
     inputs, outputs = list(graph.inputs), list(graph.outputs)
     inputs[1].replace_all_uses_with(c.b.constant(True).value)  # a step that ran is one whose condition held
-    read = [Stack(inner, whole) for inner, whole in zip([inputs[0], *inputs[2:]], saved)]
+    read = [Stack(inner, whole) for inner, whole in zip([inputs[0], *inputs[2:]], saved, strict=True)]
     written = [Stack(outputs[1 + states + i], g) for i in range(results) if (g := c.gs[states + i]) is not None]
     return _backwards(c, graph, inputs[2:], outputs[1 : 1 + states], 2, read, [None] * len(read), written)
 
 
-def _save(c: Context, body: ir.Graph, values: Sequence[ir.Value], per_result: Sequence[str], results: int) -> list[Tensor]:
+def _save(c: Context, body: ir.Graph, values: Sequence[ir.Value], per_result: Sequence[str] = ()) -> list[Tensor]:
     """Make the loop stack up what these values of its body were at each step."""
     node, first = c.node, len(c.node.outputs)
     node.resize_outputs(first + len(values))
     saved = []
-    for value, whole in zip(values, node.outputs[first:]):
+    for value, whole in zip(values, node.outputs[first:], strict=True):
         copy = ir.Node("", "Identity", [value], num_outputs=1)
         copy.outputs[0].name = c.b.name(f"{value.name}/saved")
         copy.outputs[0].type, copy.outputs[0].shape = value.type, value.shape
@@ -103,7 +104,6 @@ def _save(c: Context, body: ir.Graph, values: Sequence[ir.Value], per_result: Se
         given = c.attr(name)
         if given:
             node.attributes[name] = ir.AttrInt64s(name, [*given, *[0] * len(values)])
-    del results
     return saved
 
 
@@ -136,11 +136,11 @@ def _backwards(
         [*(states_out[i] for i in floats), *(s.inner for s in written)],
         [inner.wrap(v) for v in (*carried, *gradients)],
     )
-    to_slices = [(s, i) for s, i in zip(read, sources) if i is not None and c.needs[i]]
+    to_slices = [(s, i) for s, i in zip(read, sources, strict=True) if i is not None and c.needs[i]]
     wrt = [*(states_in[i] for i in floats), *(c.x[i].value for i in captured), *(s.inner for s, _ in to_slices)]
     found = c.sweep(inner, list(graph), seeds, wrt)
     results = [_or_zeros(inner, found, states_in[i]) for i in floats]
-    for i, total in zip(captured, sums):
+    for i, total in zip(captured, sums, strict=True):
         part = found.get(c.x[i].value)
         results.append(inner.wrap(total) if part is None else inner.wrap(total) + part)
     results += [_or_zeros(inner, found, s.inner) for s, _ in to_slices]
@@ -166,7 +166,7 @@ def _backwards(
         scan_output_directions=[1 - s.backwards for s, _ in to_slices] or None,
     )
     result: list[Tensor | None] = [None] * len(c.x)
-    for index, t in zip([*(first + i for i in floats), *captured, *(i for _, i in to_slices)], given):
+    for index, t in zip([*(first + i for i in floats), *captured, *(i for _, i in to_slices)], given, strict=True):
         result[index] = t if result[index] is None else t + result[index]  # type: ignore[operator]
         t.value.dtype = c.x[index].dtype
     return result
@@ -193,7 +193,7 @@ def _again(b: Builder, body: ir.Graph) -> ir.Graph:
 def _seeds(inner: Builder, values: Sequence[ir.Value], gs: Sequence[Tensor | None]) -> dict[ir.Value, Tensor]:
     """The gradients of a body's outputs; one that is returned twice has two."""
     parts: dict[ir.Value, list[Tensor]] = {}
-    for value, g in zip(values, gs):
+    for value, g in zip(values, gs, strict=True):
         if g is not None:
             parts.setdefault(value, []).append(g)
     return {value: inner.sum(found) for value, found in parts.items()}

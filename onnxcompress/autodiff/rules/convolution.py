@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from onnxcompress.autodiff.rule import Context, Grads, rule
 from onnxcompress.autodiff.rules.windows import Window, kernel_of
@@ -29,9 +30,8 @@ def conv_transpose(c: Context) -> Grads:
     _transposed_padding(c, window)
     if window.pads is None:
         raise c.refuse("output_shape needs a known input size")
-    common = {"strides": window.strides, "dilations": window.dilations, "kernel_shape": window.kernel, "group": group}
-    dx = c.b.op("Conv", g, w, pads=window.pads, shape=x.shape, **common)
-    if any(o >= s for o, s in zip(c.attr("output_padding") or (), window.strides)):
+    dx = c.b.op("Conv", g, w, pads=window.pads, group=group, shape=x.shape, **window.attributes)
+    if any(o >= s for o, s in zip(c.attr("output_padding") or (), window.strides, strict=False)):
         dx = dx.slice(window.spatial, [0] * window.rank, [x.size(axis) for axis in window.spatial])
     dw = weight_gradient(window, g, x, group, w) if c.needs[1] else None
     return [dx, dw, bias_gradient(window, g)]
@@ -101,7 +101,7 @@ def by_convolution(window: Window, image: Tensor, g: Tensor, group: int, w: Tens
     pads = window.pads
     if pads is None:
         swapped = window.pad(swapped)
-    common = {"strides": window.dilations, "dilations": window.strides, "group": group}
+    common: dict[str, Any] = {"strides": window.dilations, "dilations": window.strides, "group": group}
     dw = b.op("Conv", swapped, kernels, pads=pads, shape=(None,) * (2 + window.rank), **common)
     if any(stride > 1 for stride in window.strides):  # rows at the end that no window sees make it too large
         dw = dw.slice(window.spatial, [0] * window.rank, window.kernel)

@@ -18,7 +18,7 @@ def max_pool(c: Context) -> Grads:
         raise c.refuse("column-major indices (storage_order 1) have no rule")
     positions = c.output(1, ir.DataType.INT64)
     window = Window(c, c.x[0], c.g, kernel_of(c))
-    overlap = any(span > stride for span, stride in zip(window.spans, window.strides))
+    overlap = any(span > stride for span, stride in zip(window.spans, window.strides, strict=True))
     return [add_at(c, c.x[0], positions, c.g, overlap)]
 
 
@@ -85,7 +85,7 @@ def _stretch(window: Window) -> None:
         size, windows = window.image.size(axis), window.result.size(axis)
         before = window.before[i]
         if isinstance(size, int) and isinstance(windows, int) and isinstance(before, int):
-            reach: Size = (windows - 1) * window.strides[i] + window.spans[i]
+            reach = (windows - 1) * window.strides[i] + window.spans[i]
             window.after[i] = max(reach - size - before, 0)
         else:
             last = (b.ints([windows]) - 1) * window.strides[i] + window.spans[i]
@@ -103,15 +103,14 @@ def _counts(window: Window, x: Tensor, counted: bool, ceil: bool) -> Tensor:
         declared = list(window.after)
         if ceil:
             _stretch(window)
-        room = [_at_least_zero(now - was) for now, was in zip(window.after, declared)]
+        room = [_at_least_zero(now - was) for now, was in zip(window.after, declared, strict=True)]
         if any(not isinstance(size, int) or size > 0 for size in room):
             ones = b.op("Pad", ones, b.ints([0, 0, *[0] * window.rank, 0, 0, *room]))
     else:
         if ceil:
             _stretch(window)
         ones = window.pad(ones)
-    common = {"strides": window.strides, "dilations": window.dilations, "kernel_shape": window.kernel}
-    return b.op("Conv", ones, window.ones(1.0, x), shape=(1, 1, *[None] * window.rank), **common)
+    return b.op("Conv", ones, window.ones(1.0, x), shape=(1, 1, *[None] * window.rank), **window.attributes)
 
 
 def _at_least_zero(size: Size) -> Size:

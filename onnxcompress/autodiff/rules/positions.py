@@ -7,6 +7,8 @@ reflected borders and repeated indices alike. Where a direct inverse exists (Tra
 
 from __future__ import annotations
 
+from typing import Any
+
 import onnx_ir as ir
 
 from onnxcompress.autodiff.rule import Context
@@ -22,7 +24,7 @@ def scatter_back(c: Context, dtype: ir.DataType = ir.DataType.INT64) -> Tensor:
     total = b.op("Size", x, shape=())
     line = b.op("Range", b.constant(0, ir.DataType.INT64), total, b.constant(1, ir.DataType.INT64), shape=(None,))
     positions = line.cast(dtype).reshape_like(x)
-    attributes = dict(c.node.attributes.items())
+    attributes: dict[str, Any] = dict(c.node.attributes.items())
     source = b.op(c.node.op_type, positions, *c.x[1 : len(c.node.inputs)], **attributes)
     return add_at(c, x, source.cast(ir.DataType.INT64), c.g)
 

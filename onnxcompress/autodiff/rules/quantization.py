@@ -55,23 +55,17 @@ def dequantize_linear(c: Context) -> Grads:
 def _along(c: Context, parameter: Tensor) -> Tensor:
     """A scale or zero point shaped to broadcast against the tensor: one for all, per axis, or per block."""
     axis, block = _layout(c, parameter)
-    if block:
-        wide = c.b.op("Unsqueeze", parameter, c.b.ints([axis + 1]), shape=(None,) * (c.rank() + 1))
-        sizes: list[int] = [1] * (c.rank() + 1)
-        sizes[axis + 1] = block
-        repeated = c.b.op("Expand", wide, c.b.ints(sizes), shape=(None,) * (c.rank() + 1))
-        # Blocks at the end may be cut short.
-        ends = [c.x[0].size(axis)]
-        return _merge(repeated, axis, c.rank()).slice([axis], [0], ends)
     if axis is None:
         return parameter
-    return parameter.reshape([-1 if i == axis else 1 for i in range(c.rank())])
-
-
-def _merge(t: Tensor, axis: int | None, rank: int) -> Tensor:
-    """Axes `axis` and `axis` + 1 as one."""
-    assert axis is not None
-    return t.reshape([*(t.size(i) for i in range(axis)), -1, *(t.size(i) for i in range(axis + 2, rank + 1))])
+    rank = c.rank()
+    if not block:
+        return parameter.reshape([-1 if i == axis else 1 for i in range(rank)])
+    wide = c.b.op("Unsqueeze", parameter, c.b.ints([axis + 1]), shape=(None,) * (rank + 1))
+    repeats = [block if i == axis + 1 else 1 for i in range(rank + 1)]
+    repeated = c.b.op("Expand", wide, c.b.ints(repeats), shape=(None,) * (rank + 1))
+    before, after = range(axis), range(axis + 2, rank + 1)
+    merged = repeated.reshape([*(repeated.size(i) for i in before), -1, *(repeated.size(i) for i in after)])
+    return merged.slice([axis], [0], [c.x[0].size(axis)])  # the last block may be cut short
 
 
 def _layout(c: Context, parameter: Tensor) -> tuple[int | None, int]:

@@ -210,9 +210,7 @@ def _lstm(way: Direction) -> Gradients:
         return [gates @ way.r, dc * keep], [gates]
 
     every, last = way.incoming()
-    dh0, dc0, gates = scan(
-        b, back, [last, way.final(2)], [every, from_h, to_i, to_o, to_f, to_g, f], not way.reverse
-    )
+    dh0, dc0, gates = scan(b, back, [last, way.final(2)], [every, from_h, to_i, to_o, to_f, to_g, f], not way.reverse)
     gates.shaped(None, None, way.rows)
     found = {
         INPUT: gates @ way.w,

@@ -38,7 +38,7 @@ def concat(c: Context) -> Grads:
 @rule("Split")
 def split(c: Context) -> Grads:
     """Joined again, zeros for parts nothing depends on."""
-    parts = [g if g is not None else c.b.zeros(y.sizes(), c.x[0].dtype) for g, y in zip(c.gs, c.y)]
+    parts = [g if g is not None else c.b.zeros(y.sizes(), c.x[0].dtype) for g, y in zip(c.gs, c.y, strict=True)]
     return [c.b.op("Concat", *parts, axis=c.axis())]
 
 
@@ -56,12 +56,13 @@ def slice_(c: Context) -> Grads:
         axis = int(axes.reshape(-1)[i]) % rank if axes is not None else i
         size = x.size(axis)
         if isinstance(size, int):
-            first: Size = min(max(start + size if start < 0 else start, 0), size)
+            begin = min(max(start + size if start < 0 else start, 0), size)
+            first: Size = begin
             end = None if ends is None else int(ends.reshape(-1)[i])
             if end is None:
-                after[axis] = size - first - b.ints([g.size(axis)])
+                after[axis] = size - begin - b.ints([g.size(axis)])
             else:
-                after[axis] = size - max(min(max(end + size if end < 0 else end, 0), size), first)
+                after[axis] = size - max(min(max(end + size if end < 0 else end, 0), size), begin)
         else:
             if start < 0:
                 first = b.op("Max", size + start, b.ints([0]))
@@ -87,7 +88,7 @@ def pad(c: Context) -> Grads:
         if not pads.any():
             dx = c.g
         elif (pads >= 0).all():
-            used = [(a, int(p)) for a, p, q in zip(over, front, back) if p or q]
+            used = [(a, int(p)) for a, p, q in zip(over, front, back, strict=True) if p or q]
             ends: list[Size] = [p + x.size(a) for a, p in used]
             dx = c.g.slice([a for a, _ in used], [p for _, p in used], ends)
         else:

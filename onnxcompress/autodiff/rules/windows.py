@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +27,7 @@ class Window:
         self.rank = len(self.kernel)
         self.strides = list(c.attr("strides") or [1] * self.rank)
         self.dilations = list(c.attr("dilations") or [1] * self.rank)
-        self.spans = [(k - 1) * d + 1 for k, d in zip(self.kernel, self.dilations)]
+        self.spans = [(k - 1) * d + 1 for k, d in zip(self.kernel, self.dilations, strict=True)]
         self.before: list[Size] = [0] * self.rank
         self.after: list[Size] = [0] * self.rank
         auto = str(c.attr("auto_pad", "NOTSET") or "NOTSET")
@@ -54,6 +55,11 @@ class Window:
         return low, total_ - low
 
     @property
+    def attributes(self) -> dict[str, Any]:
+        """Kernel, strides and dilations as a convolution takes them."""
+        return {"strides": self.strides, "dilations": self.dilations, "kernel_shape": self.kernel}
+
+    @property
     def spatial(self) -> list[int]:
         """The spatial axes."""
         return list(range(2, 2 + self.rank))
@@ -79,11 +85,11 @@ class Window:
 
     def tap(self, t: Tensor, place: Sequence[int]) -> Tensor:
         """What the kernel element at `place` sees of the padded `t`: one value for every window."""
-        starts = [p * d for p, d in zip(place, self.dilations)]
+        starts = [p * d for p, d in zip(place, self.dilations, strict=True)]
         if not any(starts) and all(s == 1 for s in self.strides) and all(k == 1 for k in self.kernel):
             return t
         ends: list[Size] = []
-        for axis, start, stride in zip(self.spatial, starts, self.strides):
+        for axis, start, stride in zip(self.spatial, starts, self.strides, strict=True):
             windows = self.result.size(axis)
             if isinstance(windows, int):
                 ends.append(start + (windows - 1) * stride + 1)
@@ -101,7 +107,7 @@ class Window:
         The size of the image is exact. Where strides leave a rest at the end, it gets zeros.
         """
         b, sizes = self.b, [self.image.size(axis) for axis in self.spatial]
-        common = {"strides": self.strides, "dilations": self.dilations, "kernel_shape": self.kernel, "group": group}
+        common: dict[str, Any] = {**self.attributes, "group": group}
         shape = (None,) * (2 + self.rank)
         rests = self._rests()
         if rests is not None and self.pads is not None:
@@ -110,7 +116,7 @@ class Window:
         whole = b.op("ConvTranspose", g, weight, shape=shape, **common)
         room = [0] * (self.rank + 4) + [stride - 1 for stride in self.strides]
         whole = b.op("Pad", whole, b.ints(room), shape=shape) if any(room) else whole
-        ends = [before + size for before, size in zip(self.before, sizes)]
+        ends = [before + size for before, size in zip(self.before, sizes, strict=True)]
         return whole.slice(self.spatial, self.before, ends)
 
     def _rests(self) -> list[int] | None:
@@ -121,9 +127,13 @@ class Window:
             before, after = self.before[i], self.after[i]
             if self.strides[i] == 1:
                 found.append(0)
-            elif all(isinstance(s, int) for s in (size, windows, before, after)):
-                reach = (windows - 1) * self.strides[i] + self.spans[i]  # type: ignore[operator]
-                found.append(size + before + after - reach)  # type: ignore[operator]
+            elif (
+                isinstance(size, int)
+                and isinstance(windows, int)
+                and isinstance(before, int)
+                and isinstance(after, int)
+            ):
+                found.append(size + before + after - (windows - 1) * self.strides[i] - self.spans[i])
             else:
                 return None
         return found if all(rest >= 0 for rest in found) else None
