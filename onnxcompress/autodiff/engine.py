@@ -14,10 +14,11 @@ from collections.abc import Iterable, Mapping, Sequence
 import onnx_ir as ir
 
 import onnxcompress.autodiff.rules as _rules  # noqa: F401  fills the table
+from onnxcompress.autodiff.builder import Builder, graphs_of
 from onnxcompress.autodiff.errors import NoGradient
 from onnxcompress.autodiff.prepare import prepare
 from onnxcompress.autodiff.rule import RULES, STRAIGHT_THROUGH, ZERO, Context
-from onnxcompress.autodiff.tensor import Builder, Tensor, graphs_of
+from onnxcompress.autodiff.tensor import Tensor
 
 FLOATS = {ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 

@@ -1,9 +1,9 @@
 """Bring a model into the form the engine differentiates: one main graph of operators that have rules, with types known.
 
-In order: local functions are inlined; opsets 13 to 15 become 16 (ScatterElements with addition); constants move out of
-the bodies of If, Loop and Scan, where no weight could be reached; types and shapes are inferred; and an operator
-without a rule that is defined by other operators is replaced by its definition, ours (`definitions.py`) or the one in
-the ONNX standard (Attention, RotaryEmbedding, GroupNormalization, the losses and more).
+In order: local functions are inlined; opsets 13 to 16 become 17 (ScatterElements with addition, LayerNormalization);
+constants move out of the bodies of If, Loop and Scan, where no weight could be reached; types and shapes are inferred;
+and an operator without a rule that is defined by other operators is replaced by its definition, ours (`definitions.py`)
+or the one in the ONNX standard (Attention, RotaryEmbedding, GroupNormalization, the losses and more).
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common
 
-from onnxcompress.autodiff.definitions import DEFINITIONS
+from onnxcompress.autodiff.builder import Builder, graphs_of
+from onnxcompress.autodiff.definitions import DEFINITIONS, Call
 from onnxcompress.autodiff.rule import RULES, ZERO
-from onnxcompress.autodiff.tensor import Builder, graphs_of
 from onnxcompress.errors import ModelError
 from onnxcompress.model.shapes import shapes
 
 LEAST_OPSET = 13
-EMITTED_OPSET = 16
+EMITTED_OPSET = 17
 
 
 def prepare(model: ir.Model, outputs: Sequence[str] = (), wrt: Sequence[str] = ()) -> None:
@@ -63,7 +63,7 @@ def inline(model: ir.Model) -> None:
 
 
 def lift(model: ir.Model) -> None:
-    """Declare opset 16 for models of 13 to 15, in which every operator but RoiAlign means the same."""
+    """Declare opset 17 for models of 13 to 16, in which every operator but RoiAlign means the same."""
     if model.opset_imports[""] < EMITTED_OPSET:
         for node in _nodes(model):
             if node.op_type == "RoiAlign" and not node.domain:
@@ -150,7 +150,7 @@ def _define(root: Builder, graph: ir.Graph, node: ir.Node) -> bool:
     """Put what `definitions` says in the place of `node`."""
     scratch = root.inside(ir.Graph([], [], nodes=[]))
     scratch.scope = node.name or str(node.outputs[0].name)
-    results = DEFINITIONS[node.domain, node.op_type](scratch, node)
+    results = DEFINITIONS[node.domain, node.op_type](scratch, Call(scratch, node))
     if results is None:
         return False
     nodes = list(scratch.graph)
@@ -174,20 +174,18 @@ def _standard_definition(model: ir.Model, node: ir.Node) -> bool:
         return False
     proto = onnx.FunctionProto()
     if schema.has_function:
-        proto.ParseFromString(schema.get_function_with_opset_version(opset))
+        version = max(v for v in schema.function_opset_versions if v <= opset)
+        proto.ParseFromString(schema.get_function_with_opset_version(version))
     elif schema.has_context_dependent_function:
-        types = []
-        for value in node.inputs:
-            kind = onnx.TypeProto()
-            if value is not None and value.type is not None:
-                ir.serde.serialize_type_into(kind, value.type)
-                if value.shape is not None:
-                    ir.serde.serialize_shape_into(kind, value.shape)
-            types.append(kind.SerializeToString())
-        call = ir.serde.serialize_node(node).SerializeToString()
-        proto.ParseFromString(schema.get_context_dependent_function_with_opset_version(opset, call, types))
-    else:
+        version = max(v for v in schema.context_dependent_function_opset_versions if v <= opset)
+        call, types = ir.serde.serialize_node(node).SerializeToString(), [_type(value) for value in node.inputs]
+        proto.ParseFromString(schema.get_context_dependent_function_with_opset_version(version, call, types))
+    made = {name for inner in proto.node for name in inner.output} | set(proto.input)
+    results = list(proto.output)[: len(node.outputs)]
+    if not proto.node or not made.issuperset(results):
         return False
+    del proto.output[:]
+    proto.output.extend(results)  # an optional output nobody asked for may be declared and never made
     name = f"{node.op_type}_{len(model.functions)}"
     proto.domain, proto.name = _DOMAIN, name
     del proto.opset_import[:]
@@ -200,6 +198,17 @@ def _standard_definition(model: ir.Model, node: ir.Node) -> bool:
     model.opset_imports[_DOMAIN] = 1
     node.domain, node.op_type = _DOMAIN, name
     return True
+
+
+def _type(value: ir.Value | None) -> bytes:
+    """The serialized TypeProto of a value; empty where it is left out or unknown."""
+    proto = onnx.TypeProto()
+    if value is not None and value.type is not None:
+        ir.serde.serialize_type_into(proto, value.type)
+        if value.shape is not None:
+            ir.serde.serialize_shape_into(proto, value.shape)
+    serialized: bytes = proto.SerializeToString()
+    return serialized
 
 
 def _nodes(model: ir.Model) -> Iterator[ir.Node]:

@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from onnxcompress.autodiff.builder import Builder
 from onnxcompress.autodiff.errors import NoGradient
-from onnxcompress.autodiff.tensor import Builder, Tensor
+from onnxcompress.autodiff.tensor import Tensor
 
 Grads = Sequence["Tensor | None"]
 Rule = Callable[["Context"], Grads]

@@ -18,6 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from onnxcompress.autodiff import gradients
+from onnxcompress.autodiff.prepare import prepare
 from onnxcompress.model import bridge
 from tests.autodiff.truth import OWN
 
@@ -71,6 +72,15 @@ def gradient_model(
         if not value.is_graph_output():
             built.graph.outputs.append(value)
     return bridge.to_proto(built), names
+
+
+def prepared(model: onnx.ModelProto) -> onnx.ModelProto:
+    """`model` as the engine sees it."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    built = bridge.from_proto(copy, "test")
+    prepare(built)
+    return bridge.to_proto(built)
 
 
 def to_double(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -174,7 +184,8 @@ def check(
     floats = [name for name, array in feeds.items() if array.dtype == np.float32]
     wrt = list(wrt if wrt is not None else floats)
     every = [output.name for output in model.graph.output]
-    forward = reference(model, feeds, every)
+    subject = prepared(model) if defined else model
+    forward = reference(subject, feeds, every)
     chosen = [n for n, a in zip(every, forward) if a.dtype == np.float64 and (outputs is None or n in outputs)]
     truth = dict(zip(every, forward))
     seeds = {name: rng.uniform(0.5, 1.5, truth[name].shape).astype(np.float32) for name in chosen}
@@ -183,11 +194,10 @@ def check(
     given = {**feeds, **{f"seed/{name}": array for name, array in seeds.items()}}
     found = dict(zip(names, reference(built, given, list(names.values()))))
 
-    evaluator = evaluator_of(built if defined else model)
-    extra = given if defined else feeds
+    evaluator = evaluator_of(subject)
 
     def loss(moved: Mapping[str, Any]) -> float:
-        results = evaluator.run(chosen, {**{n: _double(a) for n, a in extra.items()}, **moved})
+        results = evaluator.run(chosen, {**{n: _double(a) for n, a in feeds.items()}, **moved})
         return float(sum((r * seeds[n].astype(np.float64)).sum() for n, r in zip(chosen, results)))
 
     worst = Errors(0.0, 0.0)

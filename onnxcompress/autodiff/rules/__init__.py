@@ -11,6 +11,7 @@ from onnxcompress.autodiff.rules import (
     quantization,
     recurrent,
     reduction,
+    sampling,
     shape,
     zero,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "quantization",
     "recurrent",
     "reduction",
+    "sampling",
     "shape",
     "zero",
 ]

@@ -14,8 +14,9 @@ from typing import Any
 
 import onnx_ir as ir
 
+from onnxcompress.autodiff.builder import Builder
 from onnxcompress.autodiff.rule import Context, Grads, rule
-from onnxcompress.autodiff.tensor import Builder, Tensor
+from onnxcompress.autodiff.tensor import Tensor
 
 
 @rule("If")

@@ -14,8 +14,9 @@ from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
 
+from onnxcompress.autodiff.builder import Builder
 from onnxcompress.autodiff.rule import Context, Grads, rule
-from onnxcompress.autodiff.tensor import Builder, Tensor
+from onnxcompress.autodiff.tensor import Tensor
 
 Step = Callable[[Builder, Sequence[Tensor], Sequence[Tensor]], tuple[Sequence[Tensor], Sequence[Tensor]]]
 INPUT, WEIGHT, RECURRENT, BIAS, LENGTHS, STATE, CELL, PEEPHOLES = range(8)
