@@ -151,7 +151,7 @@ def run(
     )
     steps: list[StepReport] = []
     start = time.perf_counter()
-    with Prover(model, conditions.feeds, conditions.seed) as prover:
+    with Prover(model, conditions.feeds, conditions.seed, workplace.folder) as prover:
         if resume and (found := workplace.resume(recipe)) is not None:
             model, steps = found
             for step in steps:

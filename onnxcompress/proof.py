@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import pathlib
+import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -17,13 +20,14 @@ from onnxcompress.errors import DataError, ModelError, PassError
 from onnxcompress.model import bridge
 from onnxcompress.model.limits import DEFAULT
 from onnxcompress.model.sizes import tensor_bytes
+from onnxcompress.model.weights import weights
 from onnxcompress.runtime.latency import interleaved_latency
+from onnxcompress.runtime.mapped import open_mapped
 from onnxcompress.runtime.session import Session, open_session
 from onnxcompress.validation.agreement import Agreement, OutputAgreement
 
-# A model too large for one message is run without graph optimizations, weights mapped: folding would hold it in memory.
-LARGE_CONFIG = {"session.disable_prepacking": "1"}
 LATENCY_SECONDS = 0.5
+MOST_EXPANSION = 32  # a float32 weight stored in 1 bit an element
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,20 +57,29 @@ class Proof:
 class Prover:
     """Holds the original's session, one call's `feeds` and the outputs to compare with."""
 
-    def __init__(self, original: ir.Model, feeds: Iterable[Mapping[str, np.ndarray]] | None, seed: int = 0) -> None:
-        self.large = tensor_bytes(original) > DEFAULT.inline_bytes
+    def __init__(
+        self,
+        original: ir.Model,
+        feeds: Iterable[Mapping[str, np.ndarray]] | None,
+        seed: int = 0,
+        work: pathlib.Path | None = None,
+    ) -> None:
+        """`work`: a folder on disk for what is too large for memory (None: the system's)."""
+        self.large = expanded_bytes(original) > DEFAULT.inline_bytes
         self.inputs = "synthetic" if feeds is None else "data"
-        session = self._open(original)
-        self.feeds, self._reference = _first_call(session, original, feeds, seed)
-        self._finite = {name: _is_finite(value) for name, value in self._reference.items()}
-        self._session: Session | None = None if self.large else session
-        if self.large:
-            session.close()
+        self._work = work if work is not None else pathlib.Path(tempfile.gettempdir())
+        self._held = contextlib.ExitStack()  # the original's session, as long as it is compared in time
+        with contextlib.ExitStack() as stack:
+            session = stack.enter_context(self._open(original))
+            self.feeds, self._reference = _first_call(session, original, feeds, seed)
+            self._finite = {name: _is_finite(value) for name, value in self._reference.items()}
+            if not self.large:
+                self._held = stack.pop_all()
+        self._session = None if self.large else session
 
     def close(self) -> None:
         """Release the original's session."""
-        if self._session is not None:
-            self._session.close()
+        self._held.close()
 
     def __enter__(self) -> Prover:
         return self
@@ -91,8 +104,8 @@ class Prover:
             raise PassError(f"what it made does not run: {error}") from error
         return Proof(agreement, ratio, self.inputs)
 
-    def _open(self, model: ir.Model) -> Session:
-        return open_session(model, optimize=not self.large, config=LARGE_CONFIG if self.large else None)
+    def _open(self, model: ir.Model) -> contextlib.AbstractContextManager[Session]:
+        return open_mapped(model, self._work) if self.large else open_session(model)
 
     def _compare(self, outputs: Mapping[str, Any]) -> tuple[OutputAgreement, ...]:
         missing = [name for name in self._reference if name not in outputs]
@@ -121,6 +134,14 @@ class Prover:
         rounds = int(min(30, max(3, LATENCY_SECONDS / (2 * once))))
         pair = [_known(s, self.feeds) for s in (self._session, session)]
         return interleaved_latency([self._session, session], pair, rounds=rounds, warmup=1).ratios[1]
+
+
+def expanded_bytes(model: ir.Model) -> int:
+    """Bytes that ONNX Runtime holds once it has loaded `model`: all tensors, encoded weights expanded."""
+    stored = tensor_bytes(model)
+    if stored * MOST_EXPANSION <= DEFAULT.inline_bytes:
+        return stored
+    return stored + sum(max(0, w.size * w.dtype.itemsize - w.nbytes) for w in weights(model))
 
 
 def _check(model: ir.Model) -> None:

@@ -13,7 +13,9 @@ from onnxcompress.contract import Coverage, Left, Pass, Reason, Run, Touched, pa
 from onnxcompress.encodings import Masked, Sparse
 from onnxcompress.errors import RecipeError
 from onnxcompress.model.roles import WEIGHT_ROLES
+from onnxcompress.model.spill import collect
 from onnxcompress.model.weights import Weight, weights
+from onnxcompress.numerics.chunks import flat, slices
 from onnxcompress.numerics.error import relative_rms
 from onnxcompress.numerics.importance import (
     Threshold,
@@ -78,7 +80,7 @@ class MagnitudePruning(Pass):
                 coverage.left.append(Left(weight.key, weight.nbytes, *refused))
         run.progress.start(self.name, len(chosen))
         for weight, own, mask in self._masks(chosen):
-            own._prune(weight, mask, coverage)
+            own._prune(weight, mask, coverage, run)
             run.progress.step()
         run.progress.done()
         return coverage
@@ -116,11 +118,14 @@ class MagnitudePruning(Pass):
         shared = {id(w) for w in together}
         for weight in chosen:
             if id(weight) in shared:
-                scores, scale = self._scores(weight)
-                mask, threshold = threshold_mask(scores, threshold, scale)
+                mask, threshold = self._mask(weight, threshold)
             else:
                 mask = layer_mask(weight.array(), own[id(weight)].sparsity)
             yield weight, own[id(weight)], mask
+
+    def _mask(self, weight: Weight, threshold: Threshold) -> tuple[np.ndarray, Threshold]:
+        scores, scale = self._scores(weight)
+        return threshold_mask(scores, threshold, scale)
 
     def _scores(self, weight: Weight) -> tuple[np.ndarray, float]:
         """What is compared between weights, and what it is divided by first."""
@@ -129,12 +134,12 @@ class MagnitudePruning(Pass):
             return lamp_scores(array), 1.0
         return array, scale_of(array, self.normalize)
 
-    def _prune(self, weight: Weight, mask: np.ndarray, coverage: Coverage) -> None:
+    def _prune(self, weight: Weight, mask: np.ndarray, coverage: Coverage, run: Run) -> None:
         array, before = weight.array(), weight.nbytes
         if mask.all():
             coverage.left.append(Left(weight.key, before, Reason.BUDGET, "none of its elements is among the least"))
             return
-        new: Masked | Sparse = Masked.apply(array, mask)
+        new: Masked | Sparse = Masked(collect(array.shape, array.dtype, _masked(array, mask), run.work))
         kept = np.count_nonzero(new.values)
         lost, detail = 1.0 - kept / mask.size, f"{1.0 - kept / mask.size:.1%} zero"
         error = relative_rms(array, new.values)
@@ -151,3 +156,9 @@ class MagnitudePruning(Pass):
         coverage.touched.append(Touched(weight.key, before, new.nbytes, error, detail))
         if lost > EMPTIED and lost > self.sparsity + 0.02:
             coverage.warnings.append(f"{weight.key}: loses {lost:.1%} of its elements; exclude it or use scope layer")
+
+
+def _masked(array: np.ndarray, mask: np.ndarray) -> Iterator[np.ndarray]:
+    """`Masked.apply`, a piece at a time."""
+    values, keep = flat(array), flat(mask)
+    return (Masked.apply(values[part], keep[part]).values for part in slices(values.size))

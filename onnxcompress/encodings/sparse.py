@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcompress.encodings.base import Encoding, Tape
+from onnxcompress.numerics.chunks import slices
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,9 +48,16 @@ class Sparse(Encoding):
     def pack(array: np.ndarray) -> Sparse:
         """The encoding of `array`; an element equal to zero (of either sign) is dropped and decodes to +0."""
         flat = np.ascontiguousarray(array).reshape(-1)
-        keep = flat != 0
-        values = np.concatenate([np.zeros(1, flat.dtype), flat[keep]])
-        return Sparse(np.packbits(keep, bitorder="little"), values, array.shape)
+        mask = np.zeros(-(-flat.size // 8), np.uint8)
+        values = np.zeros(1 + int(np.count_nonzero(flat)), flat.dtype)
+        filled = 1
+        for part in slices(flat.size):  # whole bytes of the mask
+            keep = flat[part] != 0
+            kept = flat[part][keep]
+            mask[part.start // 8 : -(-part.stop // 8)] = np.packbits(keep, bitorder="little")
+            values[filled : filled + len(kept)] = kept
+            filled += len(kept)
+        return Sparse(mask, values, array.shape)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -121,7 +121,7 @@ def _save_inline(model: ir.Model, target: pathlib.Path, check: bool) -> _Written
 
 
 def _save_external(model: ir.Model, target: pathlib.Path, check: bool, limits: Limits) -> _Written:
-    chosen = _choose(model, limits)
+    chosen = choose(model, limits)
     if not chosen:
         return _save_inline(model, target, check)
     with durable.temporary(target) as temporary:
@@ -134,22 +134,27 @@ def _save_external(model: ir.Model, target: pathlib.Path, check: bool, limits: L
         else:
             durable.replace(temporary, data)
     references = {
-        id(slot.tensor): _reference(slot, data.name, offset, target.parent)
+        id(slot.tensor): reference(slot, data.name, offset, target.parent)
         for slot, offset in zip(chosen, places, strict=True)
     }
-    # External tensors below the threshold are read into the graph.
+    written = referring(model, references)
+    _write_model(written, target, check)
+    return _Written(Saved(target, len(written) + length, (target, data)), data.name, references)
+
+
+def referring(model: ir.Model, references: Mapping[int, ir.ExternalTensor]) -> bytes:
+    """The bytes of `model` with `references` in the place of tensors, by their id; all others lie in the message."""
     small = {
         id(slot.tensor): bridge.inlined(slot.tensor)
         for slot in bridge.slots(model)
         if isinstance(slot.tensor, ir.ExternalTensor) and id(slot.tensor) not in references
     }
     with bridge.swapped(model, {**references, **small}):
-        written = serialized(bridge.to_proto(model, keep_external=True))
-    _write_model(written, target, check)
-    return _Written(Saved(target, len(written) + length, (target, data)), data.name, references)
+        return serialized(bridge.to_proto(model, keep_external=True))
 
 
-def _reference(slot: bridge.Slot, location: str, offset: int, folder: pathlib.Path) -> ir.ExternalTensor:
+def reference(slot: bridge.Slot, location: str, offset: int, folder: pathlib.Path) -> ir.ExternalTensor:
+    """What stands for the tensor of `slot` when its bytes lie in `folder`/`location` from `offset` on."""
     tensor = slot.tensor
     return ir.ExternalTensor(
         location,
@@ -164,7 +169,7 @@ def _reference(slot: bridge.Slot, location: str, offset: int, folder: pathlib.Pa
     )
 
 
-def _choose(model: ir.Model, limits: Limits) -> list[bridge.Slot]:
+def choose(model: ir.Model, limits: Limits) -> list[bridge.Slot]:
     """Tensors for the data file, each once: large initializers, and large constants where they would not fit."""
     every = [slot for slot in bridge.slots(model) if slot.tensor.dtype != ir.DataType.STRING]
     large = [slot for slot in every if slot.tensor.nbytes >= limits.external_threshold]
@@ -183,14 +188,15 @@ def _write_data(chosen: Sequence[bridge.Slot], path: pathlib.Path, limits: Limit
             if slot.tensor.nbytes >= limits.align_threshold:
                 file.write(b"\0" * (-file.length % limits.alignment))
             offsets.append(file.length)
-            _write_tensor(slot.tensor, file)
+            write_tensor(slot.tensor, file)
             wrote = file.length - offsets[-1]
             if wrote != slot.tensor.nbytes:
                 raise ModelError(f"tensor {slot.name} declares {slot.tensor.nbytes:,} bytes and gave {wrote:,}")
     return offsets, file.hexdigest(), file.length
 
 
-def _write_tensor(tensor: ir.TensorProtocol, file: durable.HashingWriter) -> None:
+def write_tensor(tensor: ir.TensorProtocol, file: durable.HashingWriter) -> None:
+    """Append the bytes of `tensor`, as external data has them."""
     if isinstance(tensor, ir.ExternalTensor):
         tensor.tofile(file)  # in pieces, never in memory as a whole
     elif tensor.dtype.bitwidth >= 8 and sys.byteorder == "little":

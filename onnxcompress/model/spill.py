@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
 import tempfile
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -23,6 +26,19 @@ def spill(array: np.ndarray, folder: pathlib.Path) -> np.ndarray:
     return np.asarray(mapped).view(array.dtype).reshape(array.shape)
 
 
+def collect(
+    shape: tuple[int, ...], dtype: np.dtype[Any], pieces: Iterable[np.ndarray], folder: pathlib.Path
+) -> np.ndarray:
+    """An array put together from its consecutive `pieces`; like `spill`, in a file of `folder` when it is large."""
+    if math.prod(shape) * dtype.itemsize < LEAST_BYTES:
+        return np.concatenate([piece.reshape(-1) for piece in pieces]).astype(dtype, copy=False).reshape(shape)
+    with tempfile.NamedTemporaryFile(dir=folder, suffix=".spill", delete=False) as file:
+        for piece in pieces:
+            np.ascontiguousarray(piece, dtype).tofile(file)
+    mapped = np.memmap(file.name, dtype=np.uint8, mode="r")
+    return np.asarray(mapped).view(dtype).reshape(shape)
+
+
 def detach(model: ir.Model) -> None:
     """Read every spilled tensor of `model` into memory, so that the work folder may go."""
     for slot in bridge.slots(model):
@@ -35,10 +51,25 @@ def detach(model: ir.Model) -> None:
             slot.put(fresh)
 
 
+def file_of(array: np.ndarray) -> tuple[pathlib.Path, int] | None:
+    """Where the bytes of `array` lie, in C order and without gaps: (file, offset); None when they do not."""
+    mapped = _map_of(array)
+    if mapped is None or mapped.filename is None or mapped.mode != "r" or not array.flags.c_contiguous:
+        return None
+    offset = mapped.offset + array.__array_interface__["data"][0] - mapped.__array_interface__["data"][0]
+    return pathlib.Path(mapped.filename), offset
+
+
 def _is_mapped(array: np.ndarray) -> bool:
+    return _map_of(array) is not None
+
+
+def _map_of(array: np.ndarray) -> np.memmap | None:
+    """The memory map of the file among those that `array` is a view of, one of another."""
+    found: np.memmap | None = None
     base: object = array
     while isinstance(base, np.ndarray):
         if isinstance(base, np.memmap):
-            return True
+            found = base
         base = base.base
-    return False
+    return found
