@@ -75,8 +75,9 @@ def kmeans_rows(values: Array, k: int, *, pinned_zero: bool = False) -> RowClust
     """Cluster each row of [C, M] into its own codebook of k entries; see `kmeans1d` for the arguments.
 
     Returns:
-        RowClusters: a row with fewer than k distinct values is exact and repeats its last entry. Errors are on average
-            within 1.0001 of the optimum, single rows within 1.005 (as measured).
+        RowClusters: a row with fewer than k distinct values is exact and repeats its last entry. As measured (see
+            `partition_rows`) the errors of all rows are together within 1.001 of the optimum at k <= 16, and a single
+            row within 1.02; rows of up to 30 values are optimal.
 
     Raises:
         ValueError: not two-dimensional, k out of range, a value not finite.
@@ -94,10 +95,12 @@ def kmeans_rows(values: Array, k: int, *, pinned_zero: bool = False) -> RowClust
             codebook[row] = np.pad(found.codebook, (0, k - len(found.codebook)), mode="edge")
             codes[row], errors[row] = found.codes, found.error
     elif length:
-        for part in slices(count, rows_at_once(length, k)):
-            codebook[part] = _row_centers(values[part], k, pinned_zero)
-        for part in slices(count, max(1, (CHUNK >> 2) // length)):
-            codes[part], errors[part] = _assign_rows(as_float32(values[part]), codebook[part])
+        for block in slices(count, rows_at_once(length, k)):
+            x = as_float32(values[block])
+            codebook[block] = _row_centers(x, k, pinned_zero)
+            for part in slices(len(x), max(1, (CHUNK >> 2) // length)):
+                here = slice(block.start + part.start, block.start + part.stop)
+                codes[here], errors[here] = _assign_rows(x[part], codebook[here])
     return RowClusters(codebook, codes, errors)
 
 
@@ -132,12 +135,12 @@ def _codebook(points: Points, bounds: I64) -> F32:
     return _ascending(points.centers(bounds) + points.center[:, None])
 
 
-def _row_centers(x: Array, k: int, pinned: bool) -> F32:
+def _row_centers(x: F32, k: int, pinned: bool) -> F32:
     """Codebooks [R, k] of the rows [R, M]."""
     codebook = np.empty((len(x), k), dtype=np.float32)
     smooth, which = [], []
     for part in slices(len(x), max(1, (CHUNK >> 2) // x.shape[1])):
-        ordered = np.sort(as_float32(x[part]), axis=1)
+        ordered = np.sort(x[part], axis=1)
         if not np.isfinite(ordered[:, [0, -1]]).all():
             raise ValueError("values hold NaN or infinity")
         whole = np.zeros(len(ordered), dtype=bool) if pinned else _without_runs(ordered, k)
@@ -153,7 +156,7 @@ def _row_centers(x: Array, k: int, pinned: bool) -> F32:
         codebook[found] = _ascending(rows.centers(bounds))
         well &= (np.diff(codebook[found], axis=1) > 0).all(axis=1)
         for row in found[~well]:
-            codebook[row] = _distinct_centers(np.sort(as_float32(x[row : row + 1]), axis=1), k, pinned)
+            codebook[row] = _distinct_centers(np.sort(x[row : row + 1], axis=1), k, pinned)
     return codebook
 
 
