@@ -24,9 +24,10 @@ from onnxcompress.model import provenance
 from onnxcompress.model.load import Loadable, load, source_of
 from onnxcompress.model.save import Saved, save, to_bytes
 from onnxcompress.model.sizes import payload_bytes, saved_bytes
-from onnxcompress.pipeline import Conditions, StepReport
+from onnxcompress.pipeline import Conditions
 from onnxcompress.recipe import Recipe
 from onnxcompress.resume import workplace
+from onnxcompress.steps import StepReport
 from onnxcompress.validation.validate import validate as validate
 
 if TYPE_CHECKING:

@@ -18,9 +18,9 @@ from onnxcompress.errors import ModelError, SaveError
 from onnxcompress.model import provenance
 from onnxcompress.model.load import SOURCE_KEY, load, source_of
 from onnxcompress.model.save import save
+from onnxcompress.steps import StepReport
 
 if TYPE_CHECKING:
-    from onnxcompress.pipeline import StepReport
     from onnxcompress.recipe import Recipe
 
 _MODEL, _STATE = "after.onnx", "after.json"
@@ -77,8 +77,6 @@ class Workplace:
 
     def resume(self, recipe: Recipe) -> tuple[ir.Model, list[StepReport]] | None:
         """The stored model and reports, or None when nothing fits this run."""
-        from onnxcompress.pipeline import StepReport
-
         try:
             state = json.loads((self.folder / _STATE).read_text(encoding="utf-8"))
             steps = [StepReport.from_json(step) for step in state["steps"]]

@@ -18,7 +18,7 @@ from onnxcompress.api import Compressed, DataOptions, compress
 from onnxcompress.contract import Pass, Progress, Select, Silent
 from onnxcompress.errors import DataError, OnnxCompressError
 from onnxcompress.model import durable
-from onnxcompress.pipeline import StepReport
+from onnxcompress.steps import StepReport
 
 F = TypeVar("F", bound=Callable[..., Any])
 
