@@ -16,7 +16,6 @@ from onnxcompress.model.roles import WEIGHT_ROLES
 from onnxcompress.model.spill import collect
 from onnxcompress.model.weights import Weight, weights
 from onnxcompress.numerics.chunks import flat, slices
-from onnxcompress.numerics.error import relative_rms
 from onnxcompress.numerics.importance import (
     Threshold,
     global_threshold,
@@ -139,10 +138,11 @@ class MagnitudePruning(Pass):
         if mask.all():
             coverage.left.append(Left(weight.key, before, Reason.BUDGET, "none of its elements is among the least"))
             return
-        new: Masked | Sparse = Masked(collect(array.shape, array.dtype, _masked(array, mask), run.work))
+        sums = np.zeros(2)
+        new: Masked | Sparse = Masked(collect(array.shape, array.dtype, _masked(array, mask, sums), run.work))
         kept = np.count_nonzero(new.values)
         lost, detail = 1.0 - kept / mask.size, f"{1.0 - kept / mask.size:.1%} zero"
-        error = relative_rms(array, new.values)
+        error = float(np.sqrt(sums[0] / sums[1])) if sums[1] else 0.0
         sparse_fits = weight.model.opset_imports.get("", 1) >= SPARSE_OPSET
         if sparse_fits and (self.storage == "sparse" or weight.encoding.kind == "sparse"):
             packed = Sparse.pack(new.values)
@@ -158,7 +158,10 @@ class MagnitudePruning(Pass):
             coverage.warnings.append(f"{weight.key}: loses {lost:.1%} of its elements; exclude it or use scope layer")
 
 
-def _masked(array: np.ndarray, mask: np.ndarray) -> Iterator[np.ndarray]:
-    """`Masked.apply`, a piece at a time."""
+def _masked(array: np.ndarray, mask: np.ndarray, sums: np.ndarray) -> Iterator[np.ndarray]:
+    """`Masked.apply`, a piece at a time; `sums` grows by the squares of what is lost and of all elements."""
     values, keep = flat(array), flat(mask)
-    return (Masked.apply(values[part], keep[part]).values for part in slices(values.size))
+    for part in slices(values.size):
+        squares = np.square(values[part], dtype=np.float64)
+        sums += float(np.sum(squares[~keep[part]])), float(np.sum(squares))
+        yield Masked.apply(values[part], keep[part]).values
