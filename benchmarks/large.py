@@ -132,7 +132,7 @@ def _run(job: str, source: pathlib.Path, out: pathlib.Path, given: argparse.Name
     if not given.keep:
         for path in (out, report, *out.parent.glob(f"{out.name}.*.data")):
             path.unlink()
-    return peak <= given.most_megabytes
+    return bool(peak <= given.most_megabytes)
 
 
 if __name__ == "__main__":
