@@ -132,6 +132,7 @@ def compress(
         threads=threads,
         prefer=prefer or chosen.prefer or "size",
         feeds=feeds,
+        sample=feeds or (evaluation.feeds() if evaluation is not None else None),
         evaluate=scorer,
         progress=progress or Silent(),
         on_step=on_step,

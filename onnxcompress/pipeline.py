@@ -41,13 +41,17 @@ class Outcome:
 
 @dataclasses.dataclass
 class Conditions:
-    """Everything around a recipe: see `contract.Run` for what passes get to see of it."""
+    """Everything around a recipe: see `contract.Run` for what passes get to see of it.
+
+    `sample`: where the one call comes from on which the model is compared after each pass; made up when None.
+    """
 
     target: str = "cpu"
     seed: int = 0
     threads: int = 1
     prefer: str = "size"
     feeds: Feeder | None = None
+    sample: Feeder | None = None
     evaluate: Callable[[ir.Model], float] | None = None
     score_before: float | None = None
     progress: Progress = dataclasses.field(default_factory=Silent)
@@ -79,7 +83,7 @@ def run(
     )
     steps: list[StepReport] = []
     start = time.perf_counter()
-    with Prover(model, conditions.feeds, conditions.seed, workplace.folder) as prover:
+    with Prover(model, conditions.sample or conditions.feeds, conditions.seed, workplace.folder) as prover:
         if resume and (found := workplace.resume(recipe)) is not None:
             model, steps = found
             for step in steps:
