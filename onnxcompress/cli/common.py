@@ -176,7 +176,8 @@ def _proof(step: StepReport) -> str:
         words.append(f"same top-1 {step.proof.top1:.0%}")
     if step.proof.latency_ratio is not None:
         words.append(f"{step.proof.latency_ratio:.2f} x as fast")
-    return f"checked, loaded and run ({step.proof.inputs} inputs): " + ", ".join(words)
+    inputs = "on your data" if step.proof.inputs == "data" else "on made-up inputs"
+    return f"checked, loaded and run {inputs}: " + ", ".join(words)
 
 
 def size(count: int) -> str:
