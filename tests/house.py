@@ -25,6 +25,8 @@ from tests.builders import floats, graph, info, model, node, tensors
 ROOT = pathlib.Path(__file__).parents[1]
 MODELS = ROOT / "models"
 BUNDLED = ("digits_cnn", "digits_gru", "gloss_transformer")
+# The same for tests that repeat much work: the largest model takes its turn in `pytest -m slow`.
+BUNDLED_QUICK = ("digits_cnn", "digits_gru", pytest.param("gloss_transformer", marks=pytest.mark.slow))
 
 
 def bundled(name: str) -> pathlib.Path:

@@ -20,7 +20,7 @@ from onnxcompress import __version__
 from onnxcompress.cli import COMMANDS, common
 from onnxcompress.contract import Silent
 from tests.builders import floats
-from tests.house import BUNDLED, MODELS, ROOT, accuracy, bundled, command, split, two_layers
+from tests.house import BUNDLED_QUICK, MODELS, ROOT, accuracy, bundled, command, split, two_layers
 
 Capture = pytest.CaptureFixture[str]
 PROGRAM = [sys.executable, "-m", "onnxcompress"]
@@ -41,7 +41,7 @@ def names(folder: pathlib.Path) -> list[str]:
 # What works -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", BUNDLED)
+@pytest.mark.parametrize("name", BUNDLED_QUICK)
 @pytest.mark.parametrize(
     ("arguments", "ratio", "drop"),
     [

@@ -25,7 +25,7 @@ from onnxcompress.passes.weight_sharing import WeightSharing
 from onnxcompress.pipeline import check_coverage
 from onnxcompress.recipe import Recipe, Step
 from tests.builders import floats, graph, info, model, node, opened, run, tensors
-from tests.house import BUNDLED, Bad, Scale, bundled, initializers, split, two_layers, untouched
+from tests.house import BUNDLED_QUICK, Bad, Scale, bundled, initializers, split, two_layers, untouched
 
 X = {"x": floats(5, 16, seed=9)}
 
@@ -99,7 +99,7 @@ def test_account_of_a_pass() -> None:
             check_coverage(Scale(), before, wrong)
 
 
-@pytest.mark.parametrize("name", BUNDLED)
+@pytest.mark.parametrize("name", BUNDLED_QUICK)
 def test_every_installed_pass_accounts_for_every_weight(name: str) -> None:
     passes = ["simplify", "magnitude-pruning", "weight-sharing", "dynamic-quantization"]
     for chosen in (*passes, "static-quantization"):

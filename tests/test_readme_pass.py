@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import pathlib
+import re
 
 import numpy as np
 import onnx
@@ -13,12 +14,12 @@ import onnxcompress as oc
 from onnxcompress.contract import Reason, Select
 from tests.builders import floats
 from tests.example_pass import EvenLevels
-from tests.house import BUNDLED, ROOT, accuracy, bundled, two_layers
+from tests.house import BUNDLED_QUICK, ROOT, accuracy, bundled, two_layers
 
 
 # bits, file / original, points of accuracy it may lose
 @pytest.mark.parametrize(("bits", "ratio", "drop"), [(8, 0.31, 0.003), (4, 0.175, 0.015)])
-@pytest.mark.parametrize("name", BUNDLED)
+@pytest.mark.parametrize("name", BUNDLED_QUICK)
 def test_real_models_shrink_and_keep_their_accuracy(
     name: str, bits: int, ratio: float, drop: float, tmp_path: pathlib.Path
 ) -> None:
@@ -55,3 +56,8 @@ def test_it_is_short_and_self_contained() -> None:
     assert len(text.splitlines()) < 40
     tree = ast.parse(text)
     assert "tests" not in {n.module.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module}
+
+
+def test_the_readme_shows_this_very_pass() -> None:
+    shown = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert (ROOT / "tests" / "example_pass.py").read_text() in shown

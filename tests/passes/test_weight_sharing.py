@@ -17,7 +17,7 @@ from onnxcompress.model.save import to_bytes
 from onnxcompress.passes.magnitude_pruning import MagnitudePruning
 from onnxcompress.passes.weight_sharing import WeightSharing
 from tests.builders import by_key, checked, constant, floats, function, graph, info, model, node, opened, run, tensors
-from tests.house import BUNDLED, accuracy, bundled, two_layers
+from tests.house import BUNDLED_QUICK, accuracy, bundled, two_layers
 
 
 def shared(proto: onnx.ModelProto, work: pathlib.Path, **settings: Any) -> tuple[bytes, Coverage]:
@@ -427,7 +427,10 @@ STATED = {
 }
 
 
-@pytest.mark.parametrize(("name", "bits"), STATED)
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [pytest.param(*k, marks=pytest.mark.slow) if k == ("gloss_transformer", 2) else k for k in STATED],
+)
 def test_sizes_and_accuracies_of_the_bundled_models(name: str, bits: Any, tmp_path: pathlib.Path) -> None:
     ratio, drop = STATED[name, bits]
     done = oc.compress(bundled(name), WeightSharing(bits=bits), out=tmp_path / "o.onnx")
@@ -436,7 +439,7 @@ def test_sizes_and_accuracies_of_the_bundled_models(name: str, bits: Any, tmp_pa
     assert accuracy(name, tmp_path / "o.onnx") >= accuracy(name, bundled(name)) - drop
 
 
-@pytest.mark.parametrize("name", BUNDLED)
+@pytest.mark.parametrize("name", BUNDLED_QUICK)
 def test_more_bits_less_error_and_larger_files(name: str) -> None:
     found = [oc.compress(bundled(name), WeightSharing(bits=b, granularity="tensor")) for b in (1, 2, 4)]
     sizes = [done.bytes_after for done in found]
