@@ -161,6 +161,24 @@ class Affine(Encoding):
         zero = np.zeros(self.scale.shape, self.q.dtype) if self.zero_point is None else self.zero_point
         return {"zero_point": zero, "q": self.q}
 
+    def forward(
+        self, tape: Tape, parameters: Mapping[str, ir.Value], buffers: Mapping[str, ir.Value], name: str
+    ) -> ir.Value:
+        """Fake quantization, whose gradient passes straight through the rounding (Jacob et al., 2018).
+
+        Integers as wide as a bias's are left unrounded: their steps are too small to matter.
+        """
+        w, scale = parameters["w"], parameters["scale"]
+        kind = self.q.dtype.name
+        if kind == "int32" or (kind in ("int16", "uint16") and tape.opset < 21):
+            return w
+        zero = tape.constant(self.buffers()["zero_point"].reshape(self.scale.shape), f"{name}.zero_point")
+        attributes = {} if self.axis is None else {"axis": self.axis}
+        if self.block is not None:
+            attributes["block_size"] = self.block
+        q = tape.op("QuantizeLinear", [w, scale, zero], f"{name}.q", attributes)
+        return tape.op("DequantizeLinear", [q, scale, zero], name, attributes)
+
     def updated(self, parameters: Mapping[str, np.ndarray]) -> Affine:
         scale = parameters.get("scale", self.scale).astype(self.scale.dtype)
         fresh = dataclasses.replace(self, scale=scale)

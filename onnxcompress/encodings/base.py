@@ -178,6 +178,15 @@ class Encoding:
         """Fixed arrays by name: graph inputs of a training graph, so that schedules need no new session."""
         return {}
 
+    def forward(
+        self, tape: Tape, parameters: Mapping[str, ir.Value], buffers: Mapping[str, ir.Value], name: str
+    ) -> ir.Value:
+        """Write the training form onto `tape`: the weight `name` from values that hold `parameters()` and `buffers()`.
+
+        It computes what `decode` does, in the parameters' type, by operators that a gradient passes.
+        """
+        raise NotImplementedError
+
     def updated(self, parameters: Mapping[str, np.ndarray]) -> Self:
         """The encoding with new parameters, projected back onto its structure (zeros stay zero, codes stay fixed)."""
         raise NotImplementedError

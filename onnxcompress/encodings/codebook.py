@@ -142,6 +142,26 @@ class Codebook(Encoding):
     def buffers(self) -> dict[str, np.ndarray]:
         return {"codes": self.codes}
 
+    def forward(
+        self, tape: Tape, parameters: Mapping[str, ir.Value], buffers: Mapping[str, ir.Value], name: str
+    ) -> ir.Value:
+        """codebook[codes]: an entry's gradient is the sum over the elements that share it."""
+        table = parameters["codebook"]
+        assert table.dtype is not None
+        if (self.table == 0).any():
+            kept = tape.constant((self.table != 0).astype(table.dtype.numpy()), f"{name}.kept")
+            table = tape.op("Mul", [table, kept], f"{name}.codebook.kept")
+        index = tape.op("Cast", [buffers["codes"]], f"{name}.index", {"to": int(ir.DataType.INT32)})
+        if self.axis is not None:  # one table after the other
+            count, k = self.table.shape
+            along = [1] * self.codes.ndim
+            along[self.axis] = -1
+            first = tape.constant((np.arange(count, dtype=np.int32) * k).reshape(along), f"{name}.first")
+            index = tape.op("Add", [index, first], f"{name}.index.flat")
+            whole = tape.constant(np.array([count * k], np.int64), f"{name}.size")
+            table = tape.op("Reshape", [table, whole], f"{name}.codebook.flat")
+        return tape.op("Gather", [table, index], name, {"axis": 0})
+
     def updated(self, parameters: Mapping[str, np.ndarray]) -> Codebook:
         table = parameters["codebook"].astype(self.table.dtype)
         return dataclasses.replace(self, table=np.where(self.table == 0, np.zeros((), table.dtype), table))

@@ -40,6 +40,11 @@ class Dense(Encoding):
     def parameters(self) -> dict[str, np.ndarray]:
         return {"w": self.decode()}
 
+    def forward(
+        self, tape: Tape, parameters: Mapping[str, ir.Value], buffers: Mapping[str, ir.Value], name: str
+    ) -> ir.Value:
+        return parameters["w"]
+
     def updated(self, parameters: Mapping[str, np.ndarray]) -> Dense:
         return Dense(parameters["w"].astype(self.dtype, copy=False))
 
@@ -98,6 +103,15 @@ class Masked(Encoding):
 
     def buffers(self) -> dict[str, np.ndarray]:
         return {"mask": self.mask}
+
+    def forward(
+        self, tape: Tape, parameters: Mapping[str, ir.Value], buffers: Mapping[str, ir.Value], name: str
+    ) -> ir.Value:
+        """w * mask: a pruned element neither acts nor gets a gradient."""
+        w = parameters["w"]
+        assert w.dtype is not None
+        keep = tape.op("Cast", [buffers["mask"]], f"{name}.keep", {"to": int(w.dtype)})
+        return tape.op("Mul", [w, keep], name)
 
     def updated(self, parameters: Mapping[str, np.ndarray]) -> Masked:
         return Masked.apply(parameters["w"].astype(self.dtype, copy=False), self.mask)

@@ -105,6 +105,18 @@ class Sparse(Encoding):
     def buffers(self) -> dict[str, np.ndarray]:
         return {"mask": self.mask}
 
+    def forward(
+        self, tape: Tape, parameters: Mapping[str, ir.Value], buffers: Mapping[str, ir.Value], name: str
+    ) -> ir.Value:
+        """[0, values][index]: a dropped element points at the zero in front, which is no parameter."""
+        values = parameters["values"]
+        assert values.dtype is not None
+        keep = self._keep()
+        index = np.where(keep, np.cumsum(keep), 0).astype(np.int32).reshape(self.dims)
+        zero = tape.constant(np.zeros(1, values.dtype.numpy()), f"{name}.zero")
+        padded = tape.op("Concat", [zero, values], f"{name}.padded", {"axis": 0})
+        return tape.op("Gather", [padded, tape.constant(index, f"{name}.index")], name, {"axis": 0})
+
     def updated(self, parameters: Mapping[str, np.ndarray]) -> Sparse:
         values = np.concatenate([np.zeros(1, self.values.dtype), parameters["values"].astype(self.values.dtype)])
         return Sparse(self.mask, values, self.dims)

@@ -1,0 +1,97 @@
+"""Output heads: the logits behind what a model hands out (probabilities, a class, a map of classes to scores)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+import onnx_ir as ir
+
+from onnxcompress.errors import ModelError
+
+Kind = Literal["classes", "binary", "values"]
+
+_PASS_ON = {"Identity", "Cast", "ZipMap", "Dropout"}
+_FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """One output and what is learned in its place.
+
+    `logits`: the value before Softmax, LogSoftmax, Sigmoid and ArgMax; the output itself where there is none of them.
+    `kind`: what the operators behind it say it is. `axis`: the classes' axis, None where nothing says.
+    """
+
+    output: str
+    logits: str
+    kind: Kind = "values"
+    axis: int | None = None
+
+
+def heads(model: ir.Model) -> list[Head]:
+    """The heads of all outputs, in their order; outputs that share their logits (label and scores) are one head."""
+    found: dict[str, Head] = {}
+    for value in model.graph.outputs:
+        head = _behind(value, model.opset_imports.get("", 1))
+        if head is not None and (head.logits not in found or found[head.logits].kind == "values"):
+            found[head.logits] = head
+    return list(found.values())
+
+
+def _behind(output: ir.Value, opset: int) -> Head | None:
+    value, kind, axis = output, "values", None
+    while (node := value.producer()) is not None and node.inputs and node.inputs[0] is not None:
+        if node.op_type in ("Softmax", "LogSoftmax") and kind != "binary":
+            kind, axis = "classes", node.attributes.get_int("axis", -1 if opset >= 13 else 1)
+            value = node.inputs[0]
+            break
+        if node.op_type == "Sigmoid":
+            kind, value = "binary", node.inputs[0]
+            break
+        if node.op_type == "ArgMax":
+            kind, axis = "classes", node.attributes.get_int("axis", 0)
+        elif node.op_type not in _PASS_ON:
+            break
+        value = node.inputs[0]
+    if value is output and isinstance(output.type, ir.TensorType) and output.dtype not in _FLOATS:
+        return None
+    if not isinstance(output.type, ir.TensorType) and kind == "values":
+        return None
+    return Head(output.name or "", value.name or "", kind, axis)  # type: ignore[arg-type]
+
+
+def chosen(found: Sequence[Head], wanted: Sequence[str], model: str) -> list[Head]:
+    """The heads of the outputs named in `wanted`; all of them where none is named.
+
+    Raises:
+        ModelError: there is no such output, or none that can be learned.
+    """
+    if not found:
+        raise ModelError(f"{model}: has no output that can be learned (no float tensor, and no logits behind any)")
+    if not wanted:
+        return list(found)
+    named = {name: head for head in found for name in (head.output, head.logits)}
+    for name in wanted:
+        if name not in named:
+            raise ModelError(f"{model}: --output {name}: has no such output, only {', '.join(h.output for h in found)}")
+    return [named[name] for name in wanted]
+
+
+def pairs(student: Sequence[Head], teacher: Sequence[Head]) -> list[tuple[Head, Head]]:
+    """Each head of the student with the teacher's of the same name, or, where no names agree, of the same place.
+
+    Raises:
+        ModelError: names do not agree and the numbers differ.
+    """
+    by_name = {head.output: head for head in teacher}
+    same = [(head, by_name[head.output]) for head in student if head.output in by_name]
+    if same:
+        return same
+    if len(student) == len(teacher):
+        return list(zip(student, teacher, strict=True))
+    raise ModelError(
+        f"the student's outputs ({', '.join(h.output for h in student)}) and the teacher's "
+        f"({', '.join(h.output for h in teacher)}) do not pair; name them with --output"
+    )

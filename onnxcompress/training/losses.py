@@ -1,0 +1,98 @@
+"""Losses, written as nodes of the training graph in the notation of `autodiff.tensor`.
+
+All take `weight`, one number a position (a sample, a token, a pixel): 0 leaves it out. A loss is the weighted mean over
+positions. `axis` is that of the classes; `z` are the student's logits, `t` the teacher's.
+"""
+
+from __future__ import annotations
+
+from onnxcompress.autodiff.tensor import Operand, Tensor
+
+
+def mean(loss: Tensor, weight: Tensor) -> Tensor:
+    """Weighted mean over positions, a scalar; 0 where every weight is 0."""
+    b = loss.b
+    total = b.op("Max", weight.sum(keep=False), b.constant(1e-6, loss.dtype), shape=())
+    return (loss * weight).sum(keep=False) / total
+
+
+def cross_entropy(z: Tensor, labels: Tensor, weight: Tensor, axis: int, smoothing: float = 0.0) -> Tensor:
+    """-log softmax(z)[label]; `labels` int64, shaped like `z` without `axis`.
+
+    With smoothing s the target is (1 - s) onehot + s / classes (Szegedy et al., 2016).
+    """
+    logs = z.b.op("LogSoftmax", z, shape=z.shape, axis=axis)
+    hot = one_hot(labels, z, axis)
+    picked = -_sum(logs * hot, axis)
+    if smoothing:
+        uniform = -logs.reduce("ReduceMean", [axis], keep=False)
+        picked = picked * (1 - smoothing) + uniform * smoothing
+    return mean(picked, weight)
+
+
+def soft_targets(z: Tensor, t: Tensor, weight: Tensor, axis: int, temperature: float, squared: bool = True) -> Tensor:
+    """T^2 KL(softmax(t / T) || softmax(z / T)) (Hinton, Vinyals, Dean, 2015).
+
+    T^2 keeps the gradient's size the same for every temperature; `squared=False` leaves it out.
+    """
+    b = z.b
+    p = b.op("Softmax", t / temperature, shape=t.shape, axis=axis)
+    log_p = b.op("LogSoftmax", t / temperature, shape=t.shape, axis=axis)
+    log_q = b.op("LogSoftmax", z / temperature, shape=z.shape, axis=axis)
+    loss = mean(_sum(p * (log_p - log_q), axis), weight)
+    return loss * (temperature * temperature) if squared else loss
+
+
+def binary_cross_entropy(z: Tensor, target: Tensor, weight: Tensor, axis: int) -> Tensor:
+    """Sum over labels of log(1 + e^z) - z * target: each entry along `axis` is a yes or no by itself."""
+    return mean(_sum(z.map("Softplus") - z * target, axis), weight)
+
+
+def binary_soft_targets(
+    z: Tensor, t: Tensor, weight: Tensor, axis: int, temperature: float, squared: bool = True
+) -> Tensor:
+    """The binary cross-entropy of sigmoid(z / T) against sigmoid(t / T), times T^2, less its least value."""
+    scaled, target = t / temperature, (t / temperature).map("Sigmoid")
+    least = mean(_sum(scaled.map("Softplus") - scaled * target, axis), weight)
+    loss = binary_cross_entropy(z / temperature, target, weight, axis) - least
+    return loss * (temperature * temperature) if squared else loss
+
+
+def squared_error(z: Tensor, t: Tensor, weight: Tensor, axis: int) -> Tensor:
+    """Mean over `axis` of (z - t)^2."""
+    difference = z - t
+    return mean((difference * difference).reduce("ReduceMean", [axis], keep=False), weight)
+
+
+def cosine_distance(z: Tensor, t: Tensor, weight: Tensor, axis: int) -> Tensor:
+    """1 - cos(z, t) along `axis`."""
+    inner = _sum(z * t, axis)
+    norms = (_sum(z * z, axis) * _sum(t * t, axis) + 1e-12).map("Sqrt")
+    return mean(1 - inner / norms, weight)
+
+
+def l1_penalty(w: Tensor) -> Tensor:
+    """Sum of |w|, which pushes weights to zero."""
+    return w.map("Abs").sum(keep=False)
+
+
+def mix(hard: Tensor | None, soft: Tensor | None, alpha: float) -> Tensor:
+    """alpha * hard + (1 - alpha) * soft; the one there is where the other is missing."""
+    if hard is None or soft is None:
+        found = soft if hard is None else hard
+        assert found is not None
+        return found
+    return hard * alpha + soft * (1 - alpha)
+
+
+def one_hot(labels: Tensor, z: Tensor, axis: int) -> Tensor:
+    """1 at the label's place along `axis`, 0 elsewhere, in the shape and type of `z`."""
+    b, depth = z.b, z.size(axis % (z.rank or 1))
+    count: Operand = b.constant(depth) if isinstance(depth, int) else depth.reshape([])
+    assert isinstance(count, Tensor)
+    values = b.op("Cast", b.ints([0, 1]), dtype=z.dtype, to=int(z.dtype))
+    return b.op("OneHot", labels, count, values, dtype=z.dtype, shape=z.shape, axis=axis)
+
+
+def _sum(x: Tensor, axis: int) -> Tensor:
+    return x.reduce("ReduceSum", [axis], keep=False)

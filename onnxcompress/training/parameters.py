@@ -1,0 +1,237 @@
+"""What of a model is trained: its weights, replaced by the training form of their encodings and fed as graph inputs.
+
+Small parameters share one packed input each for those with and without weight decay: an optimizer step is a dozen
+elementwise nodes a tensor, and their overhead would cost more than their work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcompress.encodings.base import Encoding, Tape
+from onnxcompress.errors import PassError
+from onnxcompress.model.roles import WEIGHT_ROLES
+from onnxcompress.model.weights import Weight, weights
+from onnxcompress.numerics.transforms import is_transform
+
+PACKED = 1 << 14  # elements below which a parameter is packed with others
+_HALF = {"float16", "bfloat16"}
+_RUNNING_STATISTICS = (3, 4)  # inputs of BatchNormalization that are measured, not learned
+_MASK_LIKE = 1e4  # a constant of larger magnitude is an attention mask, not a weight
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """One trainable array: part `part` of the encoding of the weight `key`. `decay`: whether weight decay is for it."""
+
+    key: str
+    part: str
+    value: ir.Value
+    initial: np.ndarray
+    decay: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One graph input that holds parameters: a single one in its shape, or several, flat, one after another."""
+
+    name: str
+    initial: np.ndarray
+    members: tuple[Parameter, ...]
+    decay: bool
+
+    def split(self, array: np.ndarray) -> Iterator[tuple[Parameter, np.ndarray]]:
+        """The parameters in `array`, a value of this leaf."""
+        at = 0
+        flat = array.reshape(-1)
+        for member in self.members:
+            yield member, flat[at : at + member.initial.size].reshape(member.initial.shape)
+            at += member.initial.size
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _InTraining(Encoding):
+    """An encoding whose inference form is the training form of `inner`: parameters and buffers are graph inputs."""
+
+    kind: ClassVar[str] = "in training"
+    inner: Encoding
+    exposed: Exposed
+    key: str
+    decay: bool
+    wide: bool  # every consumer casts it anyway, so half precision need not be restored
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.inner.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return _master(self.inner.dtype) if self.wide else self.inner.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.inner.nbytes
+
+    def emit(self, tape: Tape, name: str) -> ir.Value:
+        parameters: dict[str, ir.Value] = {}
+        for part, array in self.inner.parameters().items():
+            array = np.ascontiguousarray(array.astype(_master(array.dtype), copy=False))
+            fixed = part == "scale"  # scales are learned with the weights they belong to, or not at all
+            label = f"{'buffer' if fixed else 'parameter'}/{self.key}/{part}"
+            parameters[part] = _input(label, array)
+            if fixed:
+                self.exposed.buffers.append((parameters[part], array))
+            else:
+                decay = self.decay and part == "w"
+                self.exposed.parameters.append(Parameter(self.key, part, parameters[part], array, decay))
+        found = self.inner.forward(tape, parameters, _Buffers(self.inner.buffers(), self.exposed, self.key), name)
+        if self.dtype != _master(self.inner.dtype):
+            kind = ir.DataType.from_numpy(self.dtype)
+            found = tape.op("Cast", [found], f"{name}.half", {"to": int(kind)})
+        return found
+
+
+class _Buffers(dict[str, ir.Value]):
+    """An encoding's buffers as graph inputs, made when the training form asks for one."""
+
+    def __init__(self, arrays: Mapping[str, np.ndarray], exposed: Exposed, key: str) -> None:
+        super().__init__()
+        self._arrays, self._exposed, self._key = arrays, exposed, key
+
+    def __missing__(self, part: str) -> ir.Value:
+        value = _input(f"buffer/{self._key}/{part}", self._arrays[part])
+        self._exposed.buffers.append((value, self._arrays[part]))
+        self[part] = value
+        return value
+
+
+@dataclasses.dataclass(eq=False)
+class Exposed:
+    """What `expose` made: parameters, buffers, and the weights that are not trained with the reason."""
+
+    parameters: list[Parameter] = dataclasses.field(default_factory=list)
+    buffers: list[tuple[ir.Value, np.ndarray]] = dataclasses.field(default_factory=list)
+    left: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+def expose(model: ir.Model, allows: Callable[[Weight], bool] = lambda weight: True) -> Exposed:
+    """Replace every trainable weight of `model`, in place, by its training form. `allows`: the user's selection."""
+    exposed = Exposed()
+    found = weights(model)
+    behind = _behind_weights(model, found)
+    for weight in found:
+        reason = refusal(weight, behind) if allows(weight) else "not selected"
+        if reason:
+            exposed.left[weight.key] = reason
+            continue
+        inner = weight.encoding
+        decay = weight.role in WEIGHT_ROLES and len(weight.shape) > 1
+        wide = inner.dtype.name in _HALF and all(use.node.op_type == "Cast" for use in weight.value.uses())
+        try:
+            weight.replace(_InTraining(inner, exposed, weight.key, decay, wide))
+        except PassError as error:
+            exposed.left[weight.key] = str(error)
+    return exposed
+
+
+def refusal(weight: Weight, behind: set[int]) -> str:
+    """Why `weight` is not trained; "" when it is. `behind`: ids of nodes that a layer's output reaches."""
+    if weight.attribute is not None:
+        return "lives in an attribute of a node"
+    if isinstance(weight.root, ir.Function):
+        return "lives in a function of the model"
+    if weight.value.is_graph_output():
+        return "is itself an output"
+    if weight.overridable:
+        return "may be replaced by the caller"
+    if getattr(weight.encoding, "form", None) == "integer":
+        return "its consumer takes integers, which no gradient passes"
+    if any(use.op_type == "BatchNormalization" and use.index in _RUNNING_STATISTICS for use in weight.uses):
+        return "running statistics, measured and not learned"
+    array = weight.array()
+    if not np.isfinite(array.astype(np.float32, copy=False)).all():
+        return "holds values that are not finite"
+    if weight.role in ("other", "bias") and not _scales(weight, array, behind):
+        return "a constant, no weight of a layer"
+    if weight.role in WEIGHT_ROLES and is_transform(array, weight.axis()):
+        return "a fixed transform, not learned"
+    return ""
+
+
+def _scales(weight: Weight, array: np.ndarray, behind: set[int]) -> bool:
+    """True for a vector that scales or shifts what comes out of a layer; the mean of the inputs is none."""
+    if any(use.role == "bias" and use.op_type not in ("Add", "Sub") for use in weight.uses):
+        return True
+    vector = sum(1 for d in weight.shape if d != 1) <= 1
+    return vector and bool(np.abs(array).max() < _MASK_LIKE) and any(id(use.node) in behind for use in weight.uses)
+
+
+def _behind_weights(model: ir.Model, found: Sequence[Weight]) -> set[int]:
+    """ids of the main graph's nodes with an input that comes from a layer with weights."""
+    reached: set[int] = set()
+    behind: set[int] = set()
+    layers = {id(use.node) for weight in found if weight.role in WEIGHT_ROLES for use in weight.uses}
+    for node in model.graph:
+        after = any(id(v) in reached for v in node.inputs if v is not None)
+        if after:
+            behind.add(id(node))
+        if after or id(node) in layers:
+            reached.update(id(v) for v in node.outputs)
+    return behind
+
+
+def pack(model: ir.Model, parameters: Sequence[Parameter]) -> list[Leaf]:
+    """Make the parameters graph inputs of `model`: large ones by themselves, small ones cut out of one flat input."""
+    leaves: list[Leaf] = []
+    groups: dict[tuple[Any, bool], list[Parameter]] = {}
+    for parameter in parameters:
+        if parameter.initial.size >= PACKED:
+            leaves.append(Leaf(parameter.value.name or "", parameter.initial, (parameter,), parameter.decay))
+            model.graph.inputs.append(parameter.value)
+        else:
+            groups.setdefault((parameter.initial.dtype, parameter.decay), []).append(parameter)
+    for (_, decay), members in groups.items():
+        flat = np.concatenate([member.initial.reshape(-1) for member in members])
+        leaf = Leaf(f"parameter/packed.{len(leaves)}", flat, tuple(members), decay)
+        _unpack(model, leaf)
+        leaves.append(leaf)
+    return leaves
+
+
+def _unpack(model: ir.Model, leaf: Leaf) -> None:
+    """Split and Reshape nodes at the start of the graph."""
+    graph = model.graph
+    value = _input(leaf.name, leaf.initial)
+    graph.inputs.append(value)
+
+    def constant(name: str, numbers: Sequence[int]) -> ir.Value:
+        tensor = ir.tensor(np.array(numbers, np.int64), name=name)
+        made = ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape([len(numbers)]))
+        graph.register_initializer(made)
+        return made
+
+    sizes = constant(f"{leaf.name}/sizes", [member.initial.size for member in leaf.members])
+    pieces, nodes = [], []
+    for member in leaf.members:
+        flat = member.initial.ndim == 1
+        piece = member.value if flat else ir.Value(name=f"{member.value.name}/flat")
+        pieces.append(piece)
+        if not flat:
+            shape = constant(f"{member.value.name}/shape", member.initial.shape)
+            nodes.append(ir.Node("", "Reshape", [piece, shape], outputs=[member.value]))
+    split = ir.Node("", "Split", [value, sizes], [ir.AttrInt64("axis", 0)], outputs=pieces)
+    graph.insert_before(graph[0], [split, *nodes])
+
+
+def _input(name: str, array: np.ndarray) -> ir.Value:
+    return ir.Value(name=name, type=ir.TensorType(ir.DataType.from_numpy(array.dtype)), shape=ir.Shape(array.shape))
+
+
+def _master(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """The type in which a parameter of `dtype` is held while it is trained."""
+    return np.dtype(np.float32) if dtype.name in _HALF else dtype

@@ -1,0 +1,132 @@
+"""Training samples with random access: an epoch is a permutation of them, drawn from the seed and its number alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import tempfile
+from collections.abc import Iterator
+
+import numpy as np
+
+from onnxcompress.data import sequences
+from onnxcompress.data.batch import Data
+from onnxcompress.errors import DataError
+
+IN_MEMORY = 1 << 30  # bytes of an array above which it lies in a file of the work folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """All samples of a data source, the first axis theirs.
+
+    `feeds`: input -> array; those in `constants` go with every call as they are. `labels`: None where there are none.
+    `count`: how many samples.
+    """
+
+    feeds: dict[str, np.ndarray]
+    constants: dict[str, np.ndarray]
+    labels: np.ndarray | None
+    count: int
+    groups: tuple[sequences.Group, ...] = ()
+
+    def call(self, indices: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+        """The feeds of the samples `indices`, positions that are padding in all of them left out, and which are real.
+
+        Returns: feeds; booleans (samples, positions), None where nothing is padded.
+        """
+        feeds = {name: np.asarray(array[indices]) for name, array in self.feeds.items()} | self.constants
+        fitted, valid = sequences.fit(feeds, self.groups, None, True)
+        return fitted, None if valid is None else next(iter(valid.values()))
+
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        """The samples of one epoch in their order."""
+        return np.random.default_rng([seed, epoch]).permutation(self.count)
+
+
+def collect(data: Data, work: pathlib.Path | None = None) -> Samples:
+    """Read `data` once. Arrays of more than 1 GiB go to files in `work`.
+
+    Raises:
+        DataError: batches do not fit together, or the model wants whole calls that cannot be shuffled into batches.
+    """
+    stores: dict[str, _Store] = {}
+    constants: dict[str, np.ndarray] = {}
+    labels: list[np.ndarray] = []
+    count = 0
+    ranks = {spec.name: spec.rank for spec in data.specs}
+    for batch in data:
+        for name, array in batch.feeds.items():
+            if ranks[name] == 0 or array.ndim == 0:
+                constants.setdefault(name, array)
+                if not np.array_equal(constants[name], array):
+                    raise DataError(f"input {name!r} has one value a call: such data cannot be shuffled into batches")
+            elif len(array) % batch.count and len(array) < batch.count:
+                raise DataError(f"input {name!r}: {len(array)} rows for {batch.count} samples")
+            else:
+                stores.setdefault(name, _Store(name, work)).add(array[: batch.count])
+        if batch.labels is not None:
+            labels.append(np.asarray(batch.labels))
+        count += batch.count
+    if not count:
+        raise DataError("data: holds no samples")
+    feeds = {name: store.array() for name, store in stores.items()}
+    for name, array in feeds.items():
+        if len(array) != count:
+            raise DataError(f"input {name!r}: {len(array)} rows for {count} samples")
+    found = np.concatenate(labels) if labels else None
+    return Samples(feeds, constants, found, count, tuple(sequences.groups(data.specs)))
+
+
+class _Store:
+    """Rows added one batch after the other; sequences of different lengths are padded to the longest."""
+
+    def __init__(self, name: str, work: pathlib.Path | None) -> None:
+        self._name, self._work = name, work
+        self._parts: list[np.ndarray] = []
+        self._file: pathlib.Path | None = None
+        self._bytes = 0
+        self._rows = 0
+
+    def add(self, array: np.ndarray) -> None:
+        self._bytes += array.nbytes
+        self._rows += len(array)
+        if self._work is not None and self._bytes > IN_MEMORY and self._file is None:
+            with tempfile.NamedTemporaryFile(dir=self._work, suffix=".spill", delete=False) as file:
+                self._file = pathlib.Path(file.name)
+            waiting, self._parts = self._parts, []
+            for part in waiting:
+                self._append(part)
+        if self._file is not None:
+            self._append(array)
+        else:
+            self._parts.append(np.array(array))
+
+    def _append(self, array: np.ndarray) -> None:
+        if self._parts and self._parts[0].shape[1:] != array.shape[1:]:
+            raise DataError(f"input {self._name!r}: samples differ in shape; pad them to one length first")
+        self._parts = [array[:0].copy()]
+        assert self._file is not None
+        with open(self._file, "ab") as file:
+            np.ascontiguousarray(array).tofile(file)
+
+    def array(self) -> np.ndarray:
+        if self._file is not None:
+            like = self._parts[0]
+            return np.memmap(self._file, like.dtype, "r", shape=(self._rows, *like.shape[1:]))
+        if self._parts[0].ndim > 1 and len({part.shape[1] for part in self._parts}) > 1:
+            longest = max(part.shape[1] for part in self._parts)
+            self._parts = [sequences.pad_positions(part, longest) for part in self._parts]
+        try:
+            return np.concatenate(self._parts)
+        except ValueError as error:
+            raise DataError(f"input {self._name!r}: samples differ in shape; bring them to one") from error
+
+
+def calls(order: np.ndarray, batch: int, size: int) -> Iterator[list[np.ndarray]]:
+    """The indices of an epoch's updates: `batch` samples each, in calls of at most `size`; a rest that fills no batch
+    waits for another epoch's order."""
+    batch = min(batch, len(order))
+    for at in range(0, len(order) - batch + 1, batch):
+        chosen = order[at : at + batch]
+        yield [chosen[i : i + size] for i in range(0, batch, size)]

@@ -1,0 +1,246 @@
+"""One training step as one ordinary ONNX graph: forward, loss, gradients, clipping, update.
+
+    feeds, targets, parameters, state, buffers, lr, t  ->  loss, norm, new parameters, new state
+
+Weights are graph inputs, so nothing but standard operators changes them, and any ONNX Runtime runs it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcompress import lift as opsets
+from onnxcompress.autodiff.builder import Builder
+from onnxcompress.autodiff.engine import gradients, named
+from onnxcompress.autodiff.prepare import LEAST_OPSET, prepare
+from onnxcompress.autodiff.tensor import Tensor
+from onnxcompress.errors import PassError
+from onnxcompress.model import bridge
+from onnxcompress.model.weights import Weight
+from onnxcompress.training import optimizers, parameters
+from onnxcompress.training.optimizers import Optimizer
+from onnxcompress.training.parameters import Exposed, Leaf
+
+LOSS, NORM, LR, T, SHARE = "train/loss", "train/norm", "train/lr", "train/t", "train/share"
+LIFTED = 17
+NEXT = ".next"
+
+WriteLoss = Callable[["Inputs", Mapping[str, Tensor]], Tensor]
+"""Writes the loss: from a way to declare inputs and the values asked for by name, to a scalar."""
+
+
+class Inputs:
+    """Declares graph inputs for targets: `inputs("train/labels", int64, shape)` is a tensor to compute with."""
+
+    def __init__(self, b: Builder) -> None:
+        self.b = b
+        self.names: list[str] = []
+
+    def __call__(self, name: str, dtype: ir.DataType, shape: Sequence[int | str | None]) -> Tensor:
+        value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+        self.b.graph.inputs.append(value)
+        self.names.append(name)
+        return self.b.wrap(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingGraph:
+    """A step, built.
+
+    `model`: the whole step; or, with `update`, only what adds a share of the gradient to sums (`gradient/...`), and
+    `update` is the optimizer's step from those sums. `leaves`: the parameters as graph inputs. `state`: the optimizer's
+    inputs with what they start from. `buffers`: inputs that stay. `left`: weights that are not trained and why.
+    """
+
+    model: ir.Model
+    update: ir.Model | None
+    leaves: list[Leaf]
+    state: dict[str, np.ndarray]
+    buffers: dict[str, np.ndarray]
+    left: dict[str, str]
+
+    @property
+    def sums(self) -> dict[str, np.ndarray]:
+        """Gradient sums before the first sample."""
+        return {} if self.update is None else {_sum(leaf): np.zeros_like(leaf.initial) for leaf in self.leaves}
+
+    def trained(self, values: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
+        """Weight key -> part -> array, out of the values of the leaves."""
+        found: dict[str, dict[str, np.ndarray]] = {}
+        for leaf in self.leaves:
+            for member, array in leaf.split(values[leaf.name]):
+                found.setdefault(member.key, {})[member.part] = array
+        return found
+
+
+def forward(model: ir.Model, feeder: Iterable[Any]) -> ir.Model:
+    """A copy of `model` that can be trained: opset 13 or later, BatchNormalization by its running statistics.
+
+    Raises:
+        PassError: the opset is too old and cannot be lifted.
+    """
+    copy = bridge.clone(model)
+    opset = copy.opset_imports.get("", 1)
+    if opset < LEAST_OPSET:
+        why = opsets.lift(copy, LIFTED, feeder)
+        if why:
+            raise PassError(f"training needs opset {LEAST_OPSET}, the model has {opset}, and {why}")
+    for node in ir.traversal.RecursiveGraphIterator(copy.graph):
+        if node.op_type == "BatchNormalization" and node.attributes.get_int("training_mode"):
+            node.attributes.add(ir.AttrInt64("training_mode", 0))
+            node.resize_outputs(1)
+    return copy
+
+
+def build(
+    model: ir.Model,
+    values: Sequence[str],
+    loss: WriteLoss,
+    optimizer: Optimizer,
+    *,
+    clip: float | None = 1.0,
+    accumulate: bool = False,
+    allows: Callable[[Weight], bool] = lambda weight: True,
+) -> TrainingGraph:
+    """The training graph of `model` (from `forward`), which is changed into it. `values`: what the loss is about.
+
+    Raises:
+        PassError: nothing of it can be trained.
+        NoGradient: an operator between weights and loss has no gradient.
+    """
+    exposed = parameters.expose(model, allows)
+    leaves = parameters.pack(model, exposed.parameters)
+    if not leaves:
+        raise PassError(f"nothing in it can be trained: {_why(exposed)}")
+    for value, _ in exposed.buffers:
+        model.graph.inputs.append(value)
+    model.graph.outputs.clear()
+    known = named(model.graph)
+    model.graph.outputs.extend(dict.fromkeys(known[name] for name in values))  # keeps them through preparation
+    prepare(model)
+    b = Builder(model.graph, model.opset_imports[""])
+    b.scope = "loss"
+    known = named(model.graph)
+    total = loss(Inputs(b), {name: b.wrap(known[name]) for name in values})
+    total = b.op("Identity", total, shape=())
+    total.value.name = LOSS
+    model.graph.outputs.clear()
+    model.graph.outputs.append(total.value)
+    _drop_dead(model)
+    found = gradients(model, {LOSS: None}, [leaf.name for leaf in leaves])
+    leaves = [leaf for leaf in leaves if leaf.name in found]
+    if not leaves:
+        raise PassError("no weight has any effect on the loss")
+    for value in [v for v in model.graph.inputs if (v.name or "").startswith("parameter/") and v.name not in found]:
+        _freeze(model, value, exposed)
+    state = {f"state/{leaf.name}/{slot}": np.zeros_like(leaf.initial) for leaf in leaves for slot in optimizer.slots}
+    update: ir.Model | None = None
+    if accumulate:
+        _accumulate(model, leaves, found)
+        update = _update_model(model, leaves, optimizer, clip)
+    else:
+        b = Builder(model.graph, model.opset_imports[""])
+        _update(b, leaves, {leaf.name: b.wrap(found[leaf.name]) for leaf in leaves}, optimizer, clip)
+    buffers = {value.name or "": array for value, array in exposed.buffers}
+    model.graph.name = "training step"
+    return TrainingGraph(model, update, leaves, state, buffers, exposed.left)
+
+
+def _update(
+    b: Builder, leaves: Sequence[Leaf], found: Mapping[str, Tensor], optimizer: Optimizer, clip: float | None
+) -> None:
+    """Append clipping and the optimizer's step, with their outputs."""
+    b.scope = "update"
+    graph = b.graph
+    known = {value.name: value for value in graph.inputs}
+
+    def given(name: str, like: np.ndarray) -> Tensor:
+        if name not in known:
+            kind = ir.TensorType(ir.DataType.from_numpy(like.dtype))
+            known[name] = ir.Value(name=name, type=kind, shape=ir.Shape(like.shape))
+            graph.inputs.append(known[name])
+        return b.wrap(known[name])
+
+    def result(tensor: Tensor, name: str) -> None:
+        tensor.value.name = name
+        graph.outputs.append(tensor.value)
+
+    scalar = np.zeros((), np.float32)
+    shared = optimizer.prepare(given(LR, scalar), given(T, scalar))
+    total = optimizers.norm(b, [found[leaf.name].cast(ir.DataType.FLOAT) for leaf in leaves])
+    scale = optimizers.clip_scale(total, clip) if clip is not None else None
+    result(b.op("Identity", total, shape=()), NORM)
+    for leaf in leaves:
+        w, g = given(leaf.name, leaf.initial), found[leaf.name]
+        state = [given(f"state/{leaf.name}/{slot}", leaf.initial) for slot in optimizer.slots]
+        mine = dataclasses.replace(
+            shared, lr=shared.lr.cast(w.dtype), size=shared.size.cast(w.dtype), eps=shared.eps.cast(w.dtype)
+        )
+        factor = None if scale is None else scale.cast(w.dtype)
+        new, fresh = optimizer.update(w, g, state, mine, factor, leaf.decay)
+        result(new, leaf.name + NEXT)
+        for slot, tensor in zip(optimizer.slots, fresh, strict=True):
+            result(tensor, f"state/{leaf.name}/{slot}{NEXT}")
+
+
+def _accumulate(model: ir.Model, leaves: Sequence[Leaf], found: Mapping[str, ir.Value]) -> None:
+    """Instead of a step: sum' = sum + share * gradient."""
+    b = Builder(model.graph, model.opset_imports[""])
+    b.scope = "accumulate"
+    share = ir.Value(name=SHARE, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([]))
+    model.graph.inputs.append(share)
+    for leaf in leaves:
+        kind = ir.TensorType(ir.DataType.from_numpy(leaf.initial.dtype))
+        before = ir.Value(name=_sum(leaf), type=kind, shape=ir.Shape(leaf.initial.shape))
+        model.graph.inputs.append(before)
+        gradient = b.wrap(found[leaf.name])
+        after = b.wrap(before) + gradient * b.wrap(share).cast(gradient.dtype)
+        after.value.name = _sum(leaf) + NEXT
+        model.graph.outputs.append(after.value)
+
+
+def _update_model(model: ir.Model, leaves: Sequence[Leaf], optimizer: Optimizer, clip: float | None) -> ir.Model:
+    """The optimizer's step alone, from gradient sums."""
+    inputs = []
+    for leaf in leaves:
+        kind = ir.TensorType(ir.DataType.from_numpy(leaf.initial.dtype))
+        inputs.append(ir.Value(name=_sum(leaf), type=kind, shape=ir.Shape(leaf.initial.shape)))
+    graph = ir.Graph(inputs, [], nodes=[], opset_imports=dict(model.opset_imports), name="update")
+    b = Builder(graph, model.opset_imports[""])
+    _update(b, leaves, {leaf.name: b.wrap(value) for leaf, value in zip(leaves, inputs, strict=True)}, optimizer, clip)
+    return ir.Model(graph, ir_version=model.ir_version)
+
+
+def _sum(leaf: Leaf) -> str:
+    return f"gradient/{leaf.name}"
+
+
+def _freeze(model: ir.Model, value: ir.Value, exposed: Exposed) -> None:
+    """A parameter without effect becomes a constant again, or goes."""
+    model.graph.inputs.remove(value)
+    for parameter in exposed.parameters:
+        if parameter.value.name == value.name:
+            exposed.left[parameter.key] = "has no effect on the loss"
+            if value.uses():
+                value.const_value = ir.tensor(parameter.initial, name=value.name)
+                model.graph.register_initializer(value)
+
+
+def _drop_dead(model: ir.Model) -> None:
+    """Remove nodes the loss does not need: the operators behind the logits, other outputs."""
+    for node in reversed(list(model.graph)):
+        if not any(output.uses() or output.is_graph_output() for output in node.outputs):
+            model.graph.remove(node, safe=True)
+
+
+def _why(exposed: Exposed) -> str:
+    counted: dict[str, int] = {}
+    for reason in exposed.left.values():
+        counted[reason] = counted.get(reason, 0) + 1
+    told = "; ".join(f"{n} x {reason}" for reason, n in sorted(counted.items(), key=lambda item: -item[1])[:3])
+    return told or "it holds no weights"

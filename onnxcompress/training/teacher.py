@@ -1,0 +1,117 @@
+"""The teacher: the original model in a session of its own with constant weights, its logits kept once computed."""
+
+from __future__ import annotations
+
+import pathlib
+import tempfile
+import types
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcompress.contract import Progress
+from onnxcompress.errors import ModelError
+from onnxcompress.model.taps import tap
+from onnxcompress.runtime.session import open_session
+from onnxcompress.training.heads import Head
+from onnxcompress.training.samples import Samples
+from onnxcompress.validation.values import is_distribution
+
+IN_MEMORY = 1 << 30
+CACHED = 16 << 30  # bytes of logits above which the teacher runs again in every step
+_LEAST_PROBABILITY = 1e-30
+
+
+class Teacher:
+    """Logits of the heads `heads` of `model` for any feeds."""
+
+    def __init__(self, model: ir.Model, heads: Sequence[Head], *, provider: str = "cpu", threads: int = 1) -> None:
+        names = {value.name for value in model.graph.outputs}
+        inner = [head.logits for head in heads if head.logits not in names]
+        self._at = {head.output: head.logits for head in heads}
+        if inner:
+            tapped = tap(model, inner)
+            if tapped.left:
+                raise ModelError(f"the teacher's logits cannot be read: {next(iter(tapped.left.values()))}")
+            model = tapped.model
+            self._at = {output: tapped.outputs.get(name, name) for output, name in self._at.items()}
+        self._heads = {head.output: head for head in heads}
+        self._session = open_session(model, provider=provider, threads=threads)
+        self._wants = {port.name for port in self._session.inputs}
+        self._probabilities: dict[str, bool] = {}
+
+    def logits(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Output name -> logits; log p where the model hands out probabilities and nothing is known behind them.
+
+        softmax(log(p) / T) is the renormalized p^(1/T), so the soft targets are the same.
+        """
+        given = {name: array for name, array in feeds.items() if name in self._wants}
+        found = self._session.run(given, list(self._at.values()))
+        return {output: self._as_logits(output, np.asarray(found[name])) for output, name in self._at.items()}
+
+    def _as_logits(self, output: str, array: np.ndarray) -> np.ndarray:
+        array = array.astype(np.float32, copy=False)
+        if output not in self._probabilities:
+            plain = self._heads[output].kind == "values" and array.ndim >= 2 and array.shape[-1] > 1
+            self._probabilities[output] = plain and bool(is_distribution(array))
+        return np.log(np.maximum(array, _LEAST_PROBABILITY)) if self._probabilities[output] else array
+
+    def close(self) -> None:
+        """Release the session."""
+        self._session.close()
+
+    def __enter__(self) -> Teacher:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def cache(
+    teacher: Teacher, samples: Samples, size: int, work: pathlib.Path | None, progress: Progress
+) -> dict[str, np.ndarray] | None:
+    """The teacher's logits for every sample, in memory or mapped from `work`; None where they would not fit.
+
+    `size`: samples a call. They belong to untrimmed feeds: positions lie where the samples have them.
+    """
+    first = teacher.logits(_untrimmed(samples, np.arange(min(size, samples.count))))
+    total = sum(array.nbytes // len(array) * samples.count for array in first.values())
+    if total > CACHED or (work is None and total > IN_MEMORY):
+        return None
+    stored = {name: _empty((samples.count, *array.shape[1:]), total, work) for name, array in first.items()}
+    progress.start("teacher", samples.count)
+    for at in range(0, samples.count - size + 1 if samples.count >= size else 1, size):
+        chosen = np.arange(at, min(at + size, samples.count))
+        _keep(stored, chosen, teacher.logits(_untrimmed(samples, chosen)))
+        progress.step(len(chosen))
+    rest = samples.count % size
+    if rest and samples.count > size:  # a fixed batch wants whole calls: the last one overlaps
+        chosen = np.arange(samples.count - size, samples.count)
+        _keep(stored, chosen, teacher.logits(_untrimmed(samples, chosen)))
+        progress.step(rest)
+    progress.done()
+    return stored
+
+
+def _keep(stored: Mapping[str, np.ndarray], chosen: np.ndarray, found: Mapping[str, np.ndarray]) -> None:
+    for name, array in found.items():
+        if array.shape[1:] != stored[name].shape[1:] or len(array) != len(chosen):
+            raise ModelError(f"the teacher's output {name!r} is {list(array.shape)} for {len(chosen)} samples")
+        stored[name][chosen] = array
+
+
+def _untrimmed(samples: Samples, chosen: np.ndarray) -> dict[str, np.ndarray]:
+    return {name: np.asarray(array[chosen]) for name, array in samples.feeds.items()} | samples.constants
+
+
+def _empty(shape: tuple[int, ...], total: int, work: pathlib.Path | None) -> np.ndarray:
+    if work is None or total <= IN_MEMORY:
+        return np.empty(shape, np.float32)
+    with tempfile.NamedTemporaryFile(dir=work, suffix=".spill", delete=False) as file:
+        pass
+    mapped: np.ndarray[Any, Any] = np.memmap(file.name, np.float32, "w+", shape=shape)
+    return mapped
