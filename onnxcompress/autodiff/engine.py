@@ -50,11 +50,16 @@ def gradients(model: ir.Model, seeds: Mapping[str, str | None], wrt: Sequence[st
 
 
 def backward(
-    b: Builder, nodes: Sequence[ir.Node], seeds: Mapping[ir.Value, Tensor], wrt: Sequence[ir.Value]
+    b: Builder,
+    nodes: Sequence[ir.Node],
+    seeds: Mapping[ir.Value, Tensor],
+    wrt: Sequence[ir.Value],
+    refused: list[NoGradient] | None = None,
 ) -> dict[ir.Value, Tensor]:
     """The sweep: from the gradients of some values, `seeds`, to the gradients of `wrt`, appended through `b`.
 
-    `nodes`: the forward graph, or the body of a control-flow operator, in topological order.
+    `nodes`: the forward graph, or the body of a control-flow operator, in topological order. `refused`: collects what
+    has no gradient, which is passed over, where the caller only wants to know.
     """
     needed = reach(nodes, wrt)
     parts: dict[ir.Value, list[Tensor]] = {value: [b.wrap(seed.value)] for value, seed in seeds.items()}
@@ -66,8 +71,15 @@ def backward(
             continue
         b.scope = f"{node.name or node.outputs[0].name}/grad"
         gs = [b.sum(parts[y]) if y in parts else None for y in node.outputs]
-        parts.update({y: [g] for y, g in zip(node.outputs, gs, strict=False) if g is not None})
-        for x, gradient in zip(inputs, _apply(b, node, inputs, gs, needed, wrt), strict=False):
+        parts.update({y: [g] for y, g in zip(node.outputs, gs, strict=True) if g is not None})
+        try:
+            found = _apply(b, node, inputs, gs, needed, wrt)
+        except NoGradient as error:
+            if refused is None:
+                raise
+            refused.append(error)
+            continue
+        for x, gradient in zip(inputs, found, strict=False):
             if gradient is not None and x is not None and x in needed:
                 if x.shape is not None:
                     gradient.value.shape = ir.Shape(x.shape)

@@ -113,6 +113,7 @@ class Context:
 
 RULES: dict[tuple[str, str], Rule] = {}
 FAMILIES: dict[tuple[str, str], str] = {}
+PARTIALS: dict[tuple[str, str], Sequence[Callable[..., Tensor] | None]] = {}  # of elementwise operators
 ZERO: set[tuple[str, str]] = set()
 STRAIGHT_THROUGH: set[tuple[str, str]] = set()
 
@@ -141,7 +142,8 @@ def elementwise(op_type: str, *partials: Callable[..., Tensor] | None, domain: s
             found.append(partial(c.g, *c.x, c.y[0]).unbroadcast(x) if partial and needed else None)
         return found
 
-    apply.__module__ = "elementwise"
+    apply.__module__, apply.__doc__ = "elementwise", None
+    PARTIALS[domain, op_type] = partials
     rule(op_type, domain=domain)(apply)
 
 

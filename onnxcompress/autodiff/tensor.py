@@ -199,7 +199,8 @@ class Tensor:
 
     def swap(self) -> Tensor:
         """The last two axes exchanged: the transpose of a stack of matrices."""
-        assert self.rank is not None
+        if self.rank is None:  # Transpose wants every axis named
+            return self.b.op("Einsum", self, equation="...ij->...ji")
         return self.transpose([*range(self.rank - 2), self.rank - 1, self.rank - 2])
 
     def unsqueeze(self, *axes: int) -> Tensor:

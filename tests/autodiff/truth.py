@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from onnx.reference.op_run import OpRun
 
 
-class Erf(OpRun):
+class Operator(OpRun):
+    """The evaluator sets a node's attributes as attributes of its implementation."""
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+
+class Erf(Operator):
     """The reference evaluator's own computes in float32."""
 
     op_domain = ""
@@ -19,7 +27,7 @@ class Erf(OpRun):
         return (np.vectorize(math.erf, otypes=[np.float64])(x).astype(x.dtype),)
 
 
-class Gelu(OpRun):
+class Gelu(Operator):
     """The same."""
 
     op_domain = ""
@@ -31,13 +39,13 @@ class Gelu(OpRun):
         return ((0.5 * x * (1 + erf)).astype(x.dtype),)
 
 
-class ConvTranspose(OpRun):
+class ConvTranspose(Operator):
     """The reference evaluator's own is wrong for groups and a batch above one (onnx 1.23)."""
 
     op_domain = ""
 
     def _run(self, x: np.ndarray, w: np.ndarray, bias: np.ndarray | None = None, **attributes: Any) -> Any:
-        given = {**self.__dict__, **attributes}
+        given = {**self.__dict__, **{name: value for name, value in attributes.items() if value is not None}}
 
         def attr(name: str, default: Any) -> Any:
             value = given.get(name)
@@ -48,27 +56,79 @@ class ConvTranspose(OpRun):
         strides, dilations = attr("strides", [1] * n), attr("dilations", [1] * n)
         extra, auto = attr("output_padding", [0] * n), attr("auto_pad", "NOTSET")
         pads = list(attr("pads", [0] * 2 * n))
-        full = [s * (i - 1) + (k - 1) * e + 1 + o for s, i, k, e, o in zip(strides, d, kernel, dilations, extra)]
-        wanted = attr("output_shape", None) or ([i * s for i, s in zip(d, strides)] if "SAME" in auto else None)
+        full = [
+            s * (i - 1) + (k - 1) * e + 1 + o
+            for s, i, k, e, o in zip(strides, d, kernel, dilations, extra, strict=True)
+        ]
+        wanted = attr("output_shape", None) or (
+            [i * s for i, s in zip(d, strides, strict=True)] if "SAME" in auto else None
+        )
         if wanted is not None:
-            total = [max(f - o, 0) for f, o in zip(full, wanted[-n:])]
+            total = [max(f - o, 0) for f, o in zip(full, wanted[-n:], strict=True)]
             small, large = [t // 2 for t in total], [t - t // 2 for t in total]
             pads = [*small, *large] if auto == "SAME_UPPER" else [*large, *small]
-        share = w.shape[1]
+        share, per = w.shape[1], x.shape[1] // group
         out = np.zeros((x.shape[0], share * group, *full), x.dtype)
-        per = x.shape[1] // group
         for place in np.ndindex(*kernel):
-            spots = tuple(
-                slice(p * e, p * e + s * (i - 1) + 1, s) for p, e, s, i in zip(place, dilations, strides, d)
-            )
+            spots = [
+                slice(p * e, p * e + s * (i - 1) + 1, s)
+                for p, e, s, i in zip(place, dilations, strides, d, strict=True)
+            ]
             for k in range(group):
-                part = np.einsum("nc...,cm->nm...", x[:, k * per : (k + 1) * per], w[k * per : (k + 1) * per, :, *place])
-                out[:, k * share : (k + 1) * share, *spots] += part
-        out = out[:, :, *(slice(p, f - q) for p, q, f in zip(pads[:n], pads[n:], full))]
+                rows = slice(k * per, (k + 1) * per)
+                part = np.einsum("nc...,cm->nm...", x[:, rows], w[(rows, slice(None), *place)])
+                out[(slice(None), slice(k * share, (k + 1) * share), *spots)] += part
+        inside = [slice(p, f - q) for p, q, f in zip(pads[:n], pads[n:], full, strict=True)]
+        out = out[(slice(None), slice(None), *inside)]
         return (out if bias is None else out + bias.reshape(1, -1, *[1] * n),)
 
 
-class GlobalLpPool(OpRun):
+class MaxPool(Operator):
+    """The reference evaluator's own gives indices that are not those of the standard for one axis."""
+
+    op_domain = ""
+
+    def _run(self, x: np.ndarray, **attributes: Any) -> Any:
+        given = {**self.__dict__, **{name: value for name, value in attributes.items() if value is not None}}
+
+        def attr(name: str, default: Any) -> Any:
+            value = given.get(name)
+            return default if value is None else value
+
+        n, sizes, kernel = x.ndim - 2, x.shape[2:], self.kernel_shape
+        strides, dilations, auto = attr("strides", [1] * n), attr("dilations", [1] * n), attr("auto_pad", "NOTSET")
+        spans = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
+        pads = list(attr("pads", [0] * 2 * n))
+        if "SAME" in auto:
+            counts = [-(-i // s) for i, s in zip(sizes, strides, strict=True)]
+            total = [max((o - 1) * s + k - i, 0) for o, s, k, i in zip(counts, strides, spans, sizes, strict=True)]
+            small, large = [t // 2 for t in total], [t - t // 2 for t in total]
+            pads = [*small, *large] if auto == "SAME_UPPER" else [*large, *small]
+        else:
+            counts = []
+            for i in range(n):
+                room = sizes[i] + pads[i] + pads[n + i] - spans[i]
+                windows = (-(-room // strides[i]) if attr("ceil_mode", 0) else room // strides[i]) + 1
+                if (windows - 1) * strides[i] >= sizes[i] + pads[i]:  # the last one must start inside
+                    windows -= 1
+                counts.append(windows)
+        best = np.full((*x.shape[:2], *counts), -np.inf)
+        where = np.zeros(best.shape, np.int64)
+        positions = np.arange(x.size).reshape(x.shape)
+        for window in np.ndindex(*counts):
+            cut: list[Any] = []
+            for i in range(n):
+                first = window[i] * strides[i] - pads[i]
+                cut.append([p for p in range(first, first + spans[i], dilations[i]) if 0 <= p < sizes[i]])
+            inside: Any = (slice(None), slice(None), *np.ix_(*cut))
+            seen, places = (t[inside].reshape(*x.shape[:2], -1) for t in (x, positions))
+            winner = seen.argmax(-1)[..., None]
+            best[(..., *window)] = np.take_along_axis(seen, winner, -1)[..., 0]
+            where[(..., *window)] = np.take_along_axis(places, winner, -1)[..., 0]
+        return (best.astype(x.dtype), where)[: len(self.onnx_node.output)]
+
+
+class GlobalLpPool(Operator):
     """Missing from the reference evaluator."""
 
     op_domain = ""
@@ -77,7 +137,7 @@ class GlobalLpPool(OpRun):
         return ((np.abs(x) ** p).sum(axis=tuple(range(2, x.ndim)), keepdims=True) ** (1 / p),)
 
 
-class Pad(OpRun):
+class Pad(Operator):
     """The reference evaluator's own refuses negative padding."""
 
     op_domain = ""
@@ -92,7 +152,7 @@ class Pad(OpRun):
     ) -> tuple[np.ndarray]:
         over = [int(a) % data.ndim for a in axes] if axes is not None else list(range(data.ndim))
         width, cut = [(0, 0)] * data.ndim, [slice(None)] * data.ndim
-        for axis, low, high in zip(over, pads[: len(over)].tolist(), pads[len(over) :].tolist()):
+        for axis, low, high in zip(over, pads[: len(over)].tolist(), pads[len(over) :].tolist(), strict=True):
             width[axis] = (max(low, 0), max(high, 0))
             cut[axis] = slice(max(-low, 0), min(high, 0) or None)
         if mode in (None, "constant"):
@@ -101,7 +161,7 @@ class Pad(OpRun):
         return (np.pad(data, width, mode=mode)[tuple(cut)],)  # type: ignore[call-overload]
 
 
-class GatherElements(OpRun):
+class GatherElements(Operator):
     """The reference evaluator's own refuses indices smaller than the data."""
 
     op_domain = ""
@@ -111,7 +171,7 @@ class GatherElements(OpRun):
         return (np.take_along_axis(data[part], indices, axis),)
 
 
-class MeanVarianceNormalization(OpRun):
+class MeanVarianceNormalization(Operator):
     """By definition the reference evaluator adds a float32 constant."""
 
     op_domain = ""
@@ -121,7 +181,7 @@ class MeanVarianceNormalization(OpRun):
         return ((x - x.mean(over, keepdims=True)) / (x.std(over, keepdims=True) + 1e-9),)
 
 
-class Scan(OpRun):
+class Scan(Operator):
     """The reference evaluator's own knows neither other axes nor directions."""
 
     op_domain = ""
@@ -132,25 +192,27 @@ class Scan(OpRun):
     def _run(self, *args: np.ndarray, context: Any = None, **given: Any) -> Any:
         body = self.body
         sliced = self.num_scan_inputs
-        states, stacks = list(args[: len(args) - sliced]), args[len(args) - sliced :]
+        states, stacks = list(args[: len(args) - sliced]), list(args[len(args) - sliced :])
         results = len(body.output_names) - len(states)
         axes = self.scan_input_axes or [0] * sliced
-        stacks = [np.moveaxis(t, a, 0) for t, a in zip(stacks, axes)]
-        stacks = [t[::-1] if d else t for t, d in zip(stacks, self.scan_input_directions or [0] * sliced)]
+        stacks = [np.moveaxis(t, a, 0) for t, a in zip(stacks, axes, strict=True)]
+        stacks = [t[::-1] if d else t for t, d in zip(stacks, self.scan_input_directions or [0] * sliced, strict=True)]
         found: list[list[np.ndarray]] = [[] for _ in range(results)]
         for step in range(len(stacks[0])):
             feeds = dict(context or {})
-            feeds.update(zip(body.input_names, [*states, *(t[step] for t in stacks)]))
+            feeds.update(zip(body.input_names, [*states, *(t[step] for t in stacks)], strict=True))
             outputs = self._run_body(feeds)
             states = outputs[: len(states)]
-            for kept, new in zip(found, outputs[len(states) :]):
+            for kept, new in zip(found, outputs[len(states) :], strict=True):
                 kept.append(new)
         ways, out_axes = self.scan_output_directions or [0] * results, self.scan_output_axes or [0] * results
-        whole = [np.stack(kept[::-1] if way else kept, axis) for kept, way, axis in zip(found, ways, out_axes)]
+        whole = [
+            np.stack(kept[::-1] if way else kept, axis) for kept, way, axis in zip(found, ways, out_axes, strict=True)
+        ]
         return tuple(np.asarray(t) for t in (*states, *whole))
 
 
-class Loop(OpRun):
+class Loop(Operator):
     """The reference evaluator's own joins what the steps return along an axis they have, instead of a new one."""
 
     op_domain = ""
@@ -164,19 +226,19 @@ class Loop(OpRun):
         going = True if condition is None else bool(np.asarray(condition).item())
         while going and (count is None or step < int(np.asarray(count).item())):
             feeds = dict(context or {})
-            feeds.update(zip(body.input_names, [np.array(step), np.array(going), *now]))
+            feeds.update(zip(body.input_names, [np.array(step), np.array(going), *now], strict=True))
             outputs = self._run_body(feeds)
             going, now, step = bool(outputs[0]), list(outputs[1 : 1 + len(now)]), step + 1
-            for stack, new in zip(kept, outputs[1 + len(now) :]):
+            for stack, new in zip(kept, outputs[1 + len(now) :], strict=True):
                 stack.append(new)
-        return tuple([*now, *(np.stack(stack) for stack in kept)])
+        return (*now, *(np.stack(stack) for stack in kept))
 
 
-def _sigmoid(x: np.ndarray) -> np.ndarray:
+def _sigmoid(x: Any) -> Any:
     return 1 / (1 + np.exp(-x))
 
 
-class _Recurrent(OpRun):
+class _Recurrent(Operator):
     """The reference evaluator's own have one direction, and forward only."""
 
     op_domain = ""
@@ -232,8 +294,22 @@ class GRU(_Recurrent):
 
 class RNN(_Recurrent):
     def step(self, x: Any, state: Any, w: Any, r: Any, wb: Any, rb: Any) -> list[np.ndarray]:
-        slope = {"Tanh": np.tanh, "Relu": lambda t: np.maximum(t, 0), "Sigmoid": _sigmoid}
+        slope: dict[str, Any] = {"Tanh": np.tanh, "Relu": lambda t: np.maximum(t, 0), "Sigmoid": _sigmoid}
         return [slope[(self.activations or ["Tanh"])[0]](x @ w.T + state[0] @ r.T + wb + rb)]
 
 
-OWN = [Scan, Loop, LSTM, GRU, RNN, Pad, GatherElements, MeanVarianceNormalization, Erf, Gelu, ConvTranspose, GlobalLpPool]
+OWN: list[type[OpRun]] = [
+    MaxPool,
+    Scan,
+    Loop,
+    LSTM,
+    GRU,
+    RNN,
+    Pad,
+    GatherElements,
+    MeanVarianceNormalization,
+    Erf,
+    Gelu,
+    ConvTranspose,
+    GlobalLpPool,
+]

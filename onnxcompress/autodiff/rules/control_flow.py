@@ -49,6 +49,7 @@ class Stack:
 
 @rule("Scan")
 def scan(c: Context) -> Grads:
+    """A Scan the other way over the states each step started from."""
     body, node = c.node.attributes["body"].as_graph(), c.node
     sliced = int(c.attr("num_scan_inputs"))
     states = len(node.inputs) - sliced
@@ -73,6 +74,7 @@ def scan(c: Context) -> Grads:
 
 @rule("Loop")
 def loop(c: Context) -> Grads:
+    """A Scan from the last step to the first over the states each step started from."""
     body, node = c.node.attributes["body"].as_graph(), c.node
     states = len(node.inputs) - 2
     results = len(body.outputs) - 1 - states

@@ -42,9 +42,9 @@ def pow_(c: Context) -> Grads:
         power = x if n == 2 else c.y[0] if n == 1 else x ** (n - 1)
         return [(g * (n * power)).unbroadcast(x) if n != 1 else g.unbroadcast(x), None]
     q = p.cast(x.dtype)
-    positive = x > 0
-    log = c.b.where(positive, x, 1.0).map("Log")
-    return [(g * q * x ** (q - 1)).unbroadcast(x), (g * c.y[0] * log).unbroadcast(p).cast(p.dtype)]
+    log = c.b.where(x > 0, x, 1.0).map("Log")
+    power = c.b.where(q.equals(0.0), 0.0, q * x ** (q - 1))  # x^0 is constant, at zero too
+    return [(g * power).unbroadcast(x), (g * c.y[0] * log).unbroadcast(p).cast(p.dtype)]
 
 
 # Trigonometry --------------------------------------------------------------------------------------------------------
@@ -214,11 +214,6 @@ def cast(c: Context) -> Grads:
 @rule("CastLike")
 def cast_like(c: Context) -> Grads:
     return [*cast(c), None]
-
-
-@rule("BitCast")
-def bit_cast(c: Context) -> Grads:
-    raise c.refuse("reads the bits of a number as another type, which has no derivative")
 
 
 @rule("Dropout")

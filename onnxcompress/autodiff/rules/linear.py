@@ -15,8 +15,10 @@ def matmul(c: Context) -> Grads:
     """
     (a, b), g = c.x, c.g
     if a.rank is None and b.rank == 2:
-        return _by_matrix(c)
-    rank_a, rank_b = c.rank(0), c.rank(1)
+        return [g @ b.swap(), _tall_product(a, g, b)]
+    if a.rank is None or b.rank is None:  # then none of them is a vector, or the transposition fails when it runs
+        return [(g @ b.swap()).unbroadcast(a), (a.swap() @ g).unbroadcast(b)]
+    rank_a, rank_b = a.rank, b.rank
     # Vectors become matrices, as the operator defines: a row on the left, a column on the right.
     left = a.unsqueeze(0) if rank_a == 1 else a
     right = b.unsqueeze(1) if rank_b == 1 else b
@@ -28,12 +30,6 @@ def matmul(c: Context) -> Grads:
     da = g @ right.swap()
     db = _tall_product(left, g, right) if right.rank == 2 else (left.swap() @ g).unbroadcast(right)
     return [da.unbroadcast(left).reshape_like(a), db.reshape_like(b)]
-
-
-def _by_matrix(c: Context) -> Grads:
-    """A B for a matrix B and any number of axes before the last of A."""
-    a, b = c.x
-    return [c.g @ b.swap(), _tall_product(a, c.g, b)]
 
 
 def _tall_product(a: Tensor, g: Tensor, b: Tensor) -> Tensor:

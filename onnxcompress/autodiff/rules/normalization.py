@@ -42,14 +42,23 @@ def batch_normalization(c: Context) -> Grads:
 
 @rule("LayerNormalization")
 def layer_normalization(c: Context) -> Grads:
-    """The forward node is made to give its mean and inverse deviation."""
-    c.only()
-    x, scale, g, axes = c.x[0], c.x[1], c.g, c.axes_from(-1)
+    """The forward node is made to give its mean and inverse deviation.
+
+    Where these are used themselves: d mean / dx = 1/n, d inverse / dx = -inverse^2 normal / n.
+    """
+    x, scale, axes = c.x[0], c.x[1], c.axes_from(-1)
+    of_mean, of_inverse = (c.gs[i] if i < len(c.gs) else None for i in (1, 2))
+    g = c.gs[0] if c.gs[0] is not None else c.b.zeros(x.sizes(), x.dtype)
     mean, inverse = (c.output(i, ir.DataType.FLOAT).cast(x.dtype) for i in (1, 2))
     normal = (x - mean) * inverse
     normal.value.shape = x.value.shape
     bias = g.unbroadcast(c.x[2]) if c.has(2) else None
-    return [normalized_gradient(g * scale, normal, inverse, axes), (g * normal).unbroadcast(scale), bias]
+    dx = normalized_gradient(g * scale, normal, inverse, axes)
+    if of_mean is not None:
+        dx = dx + of_mean.cast(x.dtype) / x.count(axes)
+    if of_inverse is not None:
+        dx = dx - of_inverse.cast(x.dtype) * inverse * inverse * normal / x.count(axes)
+    return [dx, (g * normal).unbroadcast(scale), bias]
 
 
 @rule("InstanceNormalization")

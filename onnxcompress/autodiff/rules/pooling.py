@@ -52,6 +52,12 @@ def global_lp_pool(c: Context) -> Grads:
     return [c.g * _power(c.y[0], 1 - p) * _signed_power(c.x[0], p - 1)]
 
 
+@rule("MaxUnpool")
+def max_unpool(c: Context) -> Grads:
+    """Every value went to one position."""
+    return [c.g.reshape([-1]).take(c.x[1]), None, None]
+
+
 @rule("GlobalAveragePool")
 def global_average_pool(c: Context) -> Grads:
     x = c.x[0]

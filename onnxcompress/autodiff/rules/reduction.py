@@ -118,8 +118,9 @@ def cum_sum(c: Context) -> Grads:
 
 @rule("LpNormalization")
 def lp_normalization(c: Context) -> Grads:
-    """x / n with n the norm along an axis: (g - n' sum(g y)) / n, n' = sign x or y."""
+    """x / n with n the norm along an axis: (g - n' sum(g y)) / n, n' = sign x or y. Where n is 0, so is the output."""
     axis, p, x = c.axis(-1), c.attr("p", 2), c.x[0]
     norm = x.reduce("ReduceL1" if p == 1 else "ReduceL2", [axis])
+    norm = norm + norm.equals(0.0)
     slope = x.map("Sign") if p == 1 else c.y[0]
     return [(c.g - slope * (c.g * c.y[0]).sum(axis)) / norm]

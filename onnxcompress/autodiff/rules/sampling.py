@@ -1,7 +1,7 @@
 """Resize, in all its modes.
 
-Resizing is linear and goes axis by axis, so along each axis it is a product with a matrix. Which matrix, for which mode,
-coordinate transformation, rounding and antialiasing, the operator says itself: it is asked to resize the identity. The
+Resizing is linear and goes axis by axis, so along each axis it is a product with a matrix. Which matrix, for which
+mode, coordinate transformation, rounding and antialiasing, the operator says itself: it resizes the identity. The
 gradient is the product with the transposed matrices.
 """
 

@@ -45,10 +45,10 @@ def split(c: Context) -> Grads:
 @rule("Slice")
 def slice_(c: Context) -> Grads:
     """Zeros around the part that was cut out; with steps or negative ones, every element back to its position."""
-    rank, x, g, b = c.rank(), c.x[0], c.g, c.b
-    starts, axes, steps = c.constant(1), c.constant(3), c.constant(4)
-    ends = c.constant(2)
-    if (c.has(4) and (steps is None or np.any(steps != 1))) or starts is None or (c.has(3) and axes is None):
+    rank, x, g, b = c.x[0].rank, c.x[0], c.g, c.b
+    starts, ends, axes, steps = (c.constant(i) for i in range(1, 5))
+    strided = c.has(4) and (steps is None or np.any(steps != 1))
+    if rank is None or strided or starts is None or (c.has(3) and axes is None):
         return [scatter_back(c)]
     before: list[Size] = [0] * rank
     after: list[Size] = [0] * rank
@@ -127,7 +127,7 @@ def depth_to_space(c: Context) -> Grads:
 
 @rule("SpaceToDepth")
 def space_to_depth(c: Context) -> Grads:
-    return [c.b.op("DepthToSpace", c.g, blocksize=c.attr("blocksize"), mode="DCR")]
+    return [c.b.op("DepthToSpace", c.g, blocksize=c.attr("blocksize"), mode=str(c.attr("mode", "DCR")))]
 
 
 @rule("Trilu")
