@@ -219,6 +219,13 @@ class Pass:
                     raise RecipeError(f"{self.name}: select: overrides: {pattern}: there is no parameter {key!r}")
                 check_bounds(fields[key], value, f"{self.name}: select: overrides: {pattern}")
 
+    def refuses(self, weight: Weight) -> tuple[Reason, str] | None:
+        """Why this pass would leave `weight`, as far as that shows before any work; None where it would try.
+
+        `inspect` asks this of the passes that override it.
+        """
+        return None
+
     def apply(self, model: ir.Model, run: Run) -> Coverage:
         """Change `model` in place.
 

@@ -8,11 +8,12 @@ from typing import Any
 
 import onnx_ir as ir
 
+from onnxcompress import registry
+from onnxcompress.contract import Pass
 from onnxcompress.encodings import functions
 from onnxcompress.model import provenance
 from onnxcompress.model.cost import costs, total_macs
 from onnxcompress.model.load import Loadable, load, source_of
-from onnxcompress.model.roles import WEIGHT_ROLES
 from onnxcompress.model.shapes import shapes
 from onnxcompress.model.sizes import saved_bytes
 from onnxcompress.model.weights import Weight, weights
@@ -41,6 +42,15 @@ class WeightRow:
 
 
 @dataclasses.dataclass(frozen=True)
+class Reach:
+    """What one pass, with its defaults, would try: how many weights, their bytes, and why it leaves how many others."""
+
+    weights: int
+    bytes: int
+    left: dict[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
 class Inspection:
     """What `inspect` found. `bytes`: file and external data; `operators`: how many of each; `macs`: of one call, if
     known.
@@ -55,6 +65,7 @@ class Inspection:
     operators: dict[str, int]
     weights: list[WeightRow]
     macs: int | None
+    touchable: dict[str, Reach]
     provenance: dict[str, Any] | None
 
     def by_role(self) -> dict[str, tuple[int, int]]:
@@ -65,20 +76,9 @@ class Inspection:
             found[row.role] = (count + 1, size + row.bytes)
         return dict(sorted(found.items(), key=lambda item: -item[1][1]))
 
-    def touchable(self) -> dict[str, tuple[int, int, str]]:
-        """What each kind of pass could touch: name -> (weights, bytes, why not the rest)."""
-        layers = [r for r in self.weights if r.role in WEIGHT_ROLES]
-        plain = [r for r in layers if r.encoding in ("dense", "masked", "sparse")]
-        rest = "biases, normalization and constants are left"
-        encoded = "; weights stored as integers or codes are left" if len(plain) < len(layers) else ""
-        count, size = len(plain), sum(r.bytes for r in plain)
-        names = ("magnitude-pruning", "weight-sharing", "dynamic-quantization", "static-quantization")
-        return dict.fromkeys(names, (count, size, rest + encoded))
-
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
-        touchable = {k: {"weights": n, "bytes": b, "left": why} for k, (n, b, why) in self.touchable().items()}
-        return {"schema": 1, **dataclasses.asdict(self), "touchable": touchable}
+        return {"schema": 1, **dataclasses.asdict(self)}
 
 
 def inspect(model: Loadable) -> Inspection:
@@ -95,6 +95,7 @@ def inspect(model: Loadable) -> Inspection:
         for root in [loaded.graph, *(f.graph for f in loaded.functions.values() if f.domain != functions.DOMAIN)]
         for node in ir.traversal.RecursiveGraphIterator(root)
     )
+    held = weights(loaded)
     return Inspection(
         bytes=source.bytes if source is not None else saved_bytes(loaded),
         ir_version=loaded.ir_version,
@@ -103,10 +104,25 @@ def inspect(model: Loadable) -> Inspection:
         inputs=[_port(value) for value in loaded.graph.inputs if not value.is_initializer()],
         outputs=[_port(value) for value in loaded.graph.outputs],
         operators=dict(sorted(nodes.items(), key=lambda item: (-item[1], item[0]))),
-        weights=[_row(weight) for weight in weights(loaded)],
+        weights=[_row(weight) for weight in held],
         macs=_macs(loaded),
+        touchable=_touchable(held),
         provenance=dataclasses.asdict(found) if found is not None else None,
     )
+
+
+def _touchable(held: list[Weight]) -> dict[str, Reach]:
+    """What every installed pass that says so would try."""
+    found = {}
+    for name in registry.names():
+        kind = registry.load(name)
+        if kind.refuses is Pass.refuses:
+            continue
+        refusals = [(weight, kind().refuses(weight)) for weight in held]
+        tried = [weight for weight, refused in refusals if refused is None]
+        left = Counter(refused[0].value for _, refused in refusals if refused is not None)
+        found[name] = Reach(len(tried), sum(weight.nbytes for weight in tried), dict(left.most_common()))
+    return found
 
 
 def _port(value: ir.Value) -> Port:

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import onnx_ir as ir
 
 from onnxcompress.contract import Coverage, Pass, Reason, Run, parameter
-from onnxcompress.model.weights import weights
+from onnxcompress.model.weights import Weight, weights
 from onnxcompress.passes.quantization.job import Job
 from onnxcompress.passes.quantization.products import DynamicProducts
 from onnxcompress.passes.quantization.rows import rows
@@ -38,17 +38,18 @@ class DynamicQuantization(Pass):
         choices=("auto", "full", "neighbours", "reduced"),
     )
 
+    def refuses(self, weight: Weight) -> tuple[Reason, str] | None:
+        return refuse(weight, self.select, self.min_elements)
+
     def apply(self, model: ir.Model, run: Run) -> Coverage:
         job = Job.of(model, run, self.overflow, self.per_channel, self.min_elements, self.max_error)
         products, expanded = DynamicProducts(job), WeightOnly(job)
         found = weights(model, run.work)
         run.progress.start(self.name, len(found))
         for weight in found:
-            refused = refuse(weight, job)
+            refused = self.refuses(weight)
             if refused is not None:
-                job.coverage.left.append(refused)
-            elif not self.select.allows(weight):
-                job.left(weight, Reason.EXCLUDED, "")
+                job.left(weight, *refused)
             elif weight.role == "embedding":
                 if not rows(weight, job):
                     expanded.add(weight)

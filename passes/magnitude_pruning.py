@@ -72,7 +72,7 @@ class MagnitudePruning(Pass):
     def apply(self, model: ir.Model, run: Run) -> Coverage:
         coverage, chosen = Coverage(), []
         for weight in weights(model, run.work):
-            refused = self._refuse(weight)
+            refused = self.refuses(weight)
             if refused is None:
                 chosen.append(weight)
             else:
@@ -84,7 +84,7 @@ class MagnitudePruning(Pass):
         run.progress.done()
         return coverage
 
-    def _refuse(self, weight: Weight) -> tuple[Reason, str] | None:
+    def refuses(self, weight: Weight) -> tuple[Reason, str] | None:
         if weight.attribute is not None:
             return Reason.ATTRIBUTE, "lives in an attribute of an ai.onnx.ml operator"
         if not self.select.allows(weight):

@@ -50,6 +50,9 @@ class StaticQuantization(Pass):
         choices=("auto", "full", "neighbours", "reduced"),
     )
 
+    def refuses(self, weight: Weight) -> tuple[Reason, str] | None:
+        return refuse(weight, self.select, self.min_elements)
+
     def apply(self, model: ir.Model, run: Run) -> Coverage:
         if run.feeds is None:
             raise PassError(f"{self.name}: needs calibration data (--calibration DATA), or use dynamic-quantization")
@@ -64,13 +67,11 @@ class StaticQuantization(Pass):
         run.progress.start(self.name, len(found))
         for weight in found:
             run.progress.step()
-            refused = refuse(weight, job)
-            if refused is not None and refused.reason is Reason.ROLE and weight.role == "bias":
+            refused = self.refuses(weight)
+            if refused is not None and refused[0] is Reason.ROLE and weight.role == "bias":
                 continue  # accounted for when it is known whether its layer runs in integers
             if refused is not None:
-                job.coverage.left.append(refused)
-            elif not self.select.allows(weight):
-                job.left(weight, Reason.EXCLUDED, "")
+                job.left(weight, *refused)
             elif weight.role == "embedding":
                 tables.append(weight)
             elif weight.role == "recurrent" or obstacle:
@@ -85,9 +86,9 @@ class StaticQuantization(Pass):
         done = StaticLayers(job, run, candidates, expanded).quantize(self.min_sqnr, biases)
         for weight in biases.values():
             if weight.key not in done and weight.key in before:
-                refused = refuse(weight, job)
+                refused = self.refuses(weight)
                 assert refused is not None
-                job.coverage.left.append(refused)
+                job.left(weight, *refused)
         for weight in tables:
             if not rows(weight, job):
                 expanded.add(weight)

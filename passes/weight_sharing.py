@@ -28,6 +28,7 @@ NODE_BYTES = 90
 # networks and transformers at 4 bits: a convolution's error goes straight to the metric and its weights are few.
 GAIN_PER_BIT = {"conv": 0.3, "recurrent": 0.3, "gemm": 0.3}
 OTHER_GAIN_PER_BIT = 0.8
+ENOUGH = 1e-3  # mean relative squared error of the channels below which less is no gain
 # A fixed transform in a weight's place (Fourier basis, filter bank) is exact for a reason: its error goes everywhere.
 TRANSFORM_BITS = 8
 LEAST_OTHER = 256  # elements from which a constant of no weight role is looked at, for an exact codebook
@@ -77,7 +78,7 @@ class WeightSharing(Pass):
         return coverage
 
     def _encode(self, weight: Weight) -> Left | tuple[Codebook, float]:
-        refused = self._refuse(weight)
+        refused = self.refuses(weight)
         if refused is not None:
             return Left(weight.key, weight.nbytes, *refused)
         chosen = dataclasses.replace(self, **self.select.parameters(weight))
@@ -96,7 +97,7 @@ class WeightSharing(Pass):
             rows_error, rows_channel_error = _errors(weight, array, rows)
             more = 8 * (rows.nbytes - encoding.nbytes) / weight.size
             gain = 1 + GAIN_PER_BIT.get(weight.role, OTHER_GAIN_PER_BIT) * more
-            wanted = chosen.granularity == "channel" or channel_error > gain * rows_channel_error
+            wanted = chosen.granularity == "channel" or channel_error > gain * max(rows_channel_error, ENOUGH)
             if wanted and rows.nbytes + _overhead(weight) < weight.nbytes:
                 encoding, error = rows, rows_error
         if encoding.nbytes + _overhead(weight) >= weight.nbytes:
@@ -105,8 +106,7 @@ class WeightSharing(Pass):
             )
         return encoding, error
 
-    def _refuse(self, weight: Weight) -> tuple[Reason, str] | None:
-        """Why the weight cannot be shared, found without reading it where possible."""
+    def refuses(self, weight: Weight) -> tuple[Reason, str] | None:
         if weight.attribute is not None:
             return Reason.ATTRIBUTE, "lives in an attribute of an ai.onnx.ml operator"
         if not self.select.allows(weight):

@@ -12,6 +12,7 @@ import pytest
 import onnxcompress as oc
 from onnxcompress.contract import Reason
 from onnxcompress.errors import ModelError
+from onnxcompress.passes.dynamic_quantization import DynamicQuantization
 from onnxcompress.passes.magnitude_pruning import MagnitudePruning
 from onnxcompress.passes.weight_sharing import WeightSharing
 from tests.builders import floats, graph, info, model, node, tensors
@@ -55,19 +56,26 @@ def test_operators_are_counted_in_branches_too() -> None:
 
 @pytest.mark.parametrize("name", BUNDLED)
 def test_what_passes_could_touch_is_what_they_do_not_refuse(name: str) -> None:
-    could = oc.inspect(bundled(name)).touchable()
-    for the_pass in (WeightSharing(granularity="tensor"), MagnitudePruning()):
+    could = oc.inspect(bundled(name)).touchable
+    assert "simplify" not in could  # it gives no weight another encoding, and does not say which it would try
+    for the_pass in (WeightSharing(), MagnitudePruning(), DynamicQuantization()):
         coverage = oc.compress(bundled(name), the_pass).steps[0].coverage
-        decided = [x for x in coverage.left if x.reason in (Reason.TOO_SMALL, Reason.BUDGET)]
-        layers = {t.key: t.bytes_before for t in coverage.touched} | {x.key: x.bytes for x in decided}
-        assert could[the_pass.name][:2] == (len(layers), sum(layers.values()))
+        tried = {w.key: w.nbytes for w in oc.weights(oc.load(bundled(name))) if the_pass.refuses(w) is None}
+        assert (could[the_pass.name].weights, could[the_pass.name].bytes) == (len(tried), sum(tried.values()))
+        touched = {t.key for t in coverage.touched}
+        assert touched
+        assert touched <= tried.keys()
+        decided = {x.key for x in coverage.left if x.reason in (Reason.TOO_SMALL, Reason.BUDGET, Reason.WORSE)}
+        assert tried.keys() - touched <= decided
+        refused = Counter(x.reason.value for x in coverage.left if x.key not in tried)
+        assert could[the_pass.name].left == dict(refused)
 
 
 def test_a_compressed_model_says_how_it_is_stored_and_from_what(tmp_path: pathlib.Path) -> None:
     oc.compress(bundled("digits_cnn"), "small", out=tmp_path / "o.onnx", seed=3)
     found = oc.inspect(tmp_path / "o.onnx")
     assert Counter(row.encoding for row in found.weights) == {"codebook": 13, "dense": 13}
-    assert found.touchable()["weight-sharing"][:2] == (0, 0)
+    assert found.touchable["weight-sharing"].weights == 0
     assert found.provenance is not None
     assert found.provenance["seed"] == 3
     assert not any(name.startswith("Depalettize") for name in found.operators)

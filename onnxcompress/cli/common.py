@@ -109,6 +109,10 @@ class Report:
             return
         text = json.dumps(plain(content), indent=1, allow_nan=False) + "\n"
         try:
+            if durable.is_stream(self.json_file):
+                with open(self.json_file, "a", encoding="utf-8") as stream:
+                    stream.write(text)
+                return
             with durable.temporary(self.json_file) as temporary:
                 with durable.synced(temporary) as file:
                     file.write(text.encode())
@@ -124,6 +128,8 @@ class Report:
             raise OnnxCompressError(f"{self.json_file}: is a folder; name a file in it")
         if not self.json_file.parent.is_dir():
             raise OnnxCompressError(f"{self.json_file}: the folder {self.json_file.parent} does not exist; create it")
+        if durable.is_stream(self.json_file):
+            return
         if not os.access(self.json_file.parent, os.W_OK):
             raise OnnxCompressError(f"{self.json_file}: the folder {self.json_file.parent} cannot be written")
         if self.json_file.resolve() in [other.resolve() for other in others]:
@@ -200,6 +206,7 @@ def run_compress(model: pathlib.Path, recipe: Any, report: Report, *, out: pathl
     from onnxcompress.resume import Workplace
 
     report.check(model, out)
+    _keep_inputs(report, out, recipe, options.get("calibration"), options.get("evaluate"))
     shown = progress(report.quiet)
     try:
         return compress(model, recipe, out=out, progress=shown, on_step=report.step, **options)
@@ -210,6 +217,14 @@ def run_compress(model: pathlib.Path, recipe: Any, report: Report, *, out: pathl
         sys.exit(130)
     finally:
         shown.done()
+
+
+def _keep_inputs(report: Report, out: pathlib.Path, *given: Any) -> None:
+    """Refuse to write over the recipe or the data that the command reads."""
+    read = [pathlib.Path(text) for text in map(str, given) if os.path.isfile(text)]
+    for option, written in (("--out", out), ("--json", report.json_file)):
+        if written is not None and written.exists() and any(written.samefile(path) for path in read):
+            raise OnnxCompressError(f"{written}: is also the recipe or data of this command; name another for {option}")
 
 
 def finish(done: Compressed, report: Report) -> int:

@@ -45,8 +45,9 @@ def _lines(found: Inspection, verbose: bool) -> list[str]:
         shape = "x".join(map(str, row.shape))
         lines.append(f"    {row.key}: {row.encoding} {row.dtype} {shape}, {common.size(row.bytes)}, into {row.op}")
     lines.append("what each pass could touch:")
-    for name, (count, size, why) in found.touchable().items():
-        lines.append(f"  {name:22s} {count} weights, {common.size(size)}; {why}")
+    for name, reach in found.touchable.items():
+        left = ", ".join(f"{reason} {count}" for reason, count in reach.left.items())
+        lines.append(f"  {name:22s} {reach.weights} weights, {common.size(reach.bytes)}; left: {left or 'none'}")
     if found.provenance:
         lines.append(f"made by onnxcompress from {found.provenance['parent'][:16]} with {found.provenance['recipe']}")
     return lines

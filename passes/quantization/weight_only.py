@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from onnxcompress.contract import Left, Reason
+from onnxcompress.contract import Left, Reason, Select
 from onnxcompress.encodings.affine import Affine
 from onnxcompress.model.roles import WEIGHT_ROLES
 from onnxcompress.model.weights import Weight
@@ -17,29 +17,27 @@ NODE_BYTES = 80  # a call node and the headers of its constants, beside their na
 FUNCTION_BYTES = 500  # the local function that expands them, once
 
 
-def refuse(weight: Weight, job: Job) -> Left | None:
+def refuse(weight: Weight, select: Select, min_elements: int) -> tuple[Reason, str] | None:
     """Why no form of int8 suits this weight, whatever its consumers are; None when one may."""
-
-    def left(reason: Reason, detail: str) -> Left:
-        return Left(weight.key, weight.nbytes, reason, detail)
-
     if weight.attribute is not None:
-        return left(Reason.ATTRIBUTE, "lives in an attribute of an ai.onnx.ml operator")
+        return Reason.ATTRIBUTE, "lives in an attribute of an ai.onnx.ml operator"
+    if weight.role in WEIGHT_ROLES and not select.allows(weight):
+        return Reason.EXCLUDED, ""
     if weight.encoding.kind not in ("dense", "masked"):
-        return left(Reason.ALREADY_ENCODED, f"is stored as {weight.encoding.kind}")
+        return Reason.ALREADY_ENCODED, f"is stored as {weight.encoding.kind}"
     if weight.value.is_graph_output():
-        return left(Reason.GRAPH_OUTPUT, "is itself an output")
+        return Reason.GRAPH_OUTPUT, "is itself an output"
     if weight.role not in WEIGHT_ROLES:
-        return left(Reason.ROLE, f"{weight.role}: is no weight of a layer")
+        return Reason.ROLE, f"{weight.role}: is no weight of a layer"
     if weight.dtype not in (np.float32, np.float16):
-        return left(Reason.DTYPE, f"is {weight.dtype}; float32 and float16 are quantized")
-    if weight.size < job.min_elements:
-        return left(Reason.TOO_SMALL, f"{weight.size} elements: would not become smaller")
+        return Reason.DTYPE, f"is {weight.dtype}; float32 and float16 are quantized"
+    if weight.size < min_elements:
+        return Reason.TOO_SMALL, f"{weight.size} elements: would not become smaller"
     array = weight.array()
     if not np.isfinite(array).all():
-        return left(Reason.NOT_FINITE, "holds NaN or Inf; mend the model or exclude it")
+        return Reason.NOT_FINITE, "holds NaN or Inf; mend the model or exclude it"
     if is_transform(array, weight.axis()):
-        return left(Reason.WORSE, "a fixed transform (Fourier or filter bank): its exactness is its purpose")
+        return Reason.WORSE, "a fixed transform (Fourier or filter bank): its exactness is its purpose"
     return None
 
 
