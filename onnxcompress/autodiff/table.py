@@ -10,7 +10,7 @@ import re
 
 import onnxcompress.autodiff.rules as _rules  # noqa: F401  fills the table
 from onnxcompress.autodiff.definitions import DEFINITIONS
-from onnxcompress.autodiff.rule import FAMILIES, PARTIALS, RULES, STRAIGHT_THROUGH, ZERO
+from onnxcompress.autodiff.rule import FAMILIES, PARTIALS, RULES, STRAIGHT_THROUGH, ZERO, Rule
 
 BY_STANDARD = (
     "AffineGrid",
@@ -59,11 +59,28 @@ def _summary(key: tuple[str, str]) -> str:
     if key in PARTIALS:
         source = " ".join(inspect.getsource(next(p for p in PARTIALS[key] if p)).split())
         return ", ".join(f"`{text}`" for text in re.findall(r"lambda [^:]*: (.*?)(?=, lambda|\)$)", source))
-    text = inspect.getdoc(RULES[key]) or ""
-    return text.split("\n")[0].replace("|", "\\|")
+    text = inspect.getdoc(RULES[key])
+    if text:
+        return text.split("\n")[0].replace("|", "\\|")
+    formula = re.search(r"return \[?(.*?)\]?\n?$", inspect.getsource(RULES[key]))
+    return f"`{formula.group(1)}`" if formula else ""
 
 
 def _refusals(key: tuple[str, str]) -> str:
-    """What the rule says it refuses, read from its source."""
-    source = inspect.getsource(RULES[key])
-    return "; ".join(re.findall(r'c\.refuse\(\s*f?"([^"]*)"', source)).replace("|", "\\|")
+    """What the rule and the helpers of its file say they refuse, read from their source."""
+    seen: dict[str, None] = {}
+    waiting: list[Rule] = [RULES[key]]
+    done: set[Rule] = set()
+    while waiting:
+        function = waiting.pop()
+        if function in done:
+            continue
+        done.add(function)
+        source = inspect.getsource(function)
+        seen.update(dict.fromkeys(re.findall(r'c\.refuse\(\s*f?"([^"]*)"', source)))
+        module = inspect.getmodule(function)
+        for name in re.findall(r"\b([a-z_]+)\(", source):
+            helper = getattr(module, name, None)
+            if inspect.isfunction(helper) and "Context" in str(inspect.signature(helper)):
+                waiting.append(helper)
+    return "; ".join(seen).replace("|", "\\|")

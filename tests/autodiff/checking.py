@@ -180,6 +180,7 @@ def check(
     still what they were is checked in any case. `lenient`: any of `wrt` may get no gradient.
     """
     rng = np.random.default_rng(0)
+    feeds = {name: np.asarray(array) for name, array in feeds.items()}
     floats = [name for name, array in feeds.items() if array.dtype == np.float32]
     wrt = list(wrt if wrt is not None else floats)
     every = [output.name for output in model.graph.output]
