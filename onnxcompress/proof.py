@@ -27,6 +27,7 @@ from onnxcompress.runtime.session import Session, open_session
 from onnxcompress.validation.agreement import Agreement, OutputAgreement
 
 LATENCY_SECONDS = 0.5
+_NO_ARRAY = "No corresponding Numpy type"  # ONNX Runtime 1.32 of an output in bfloat16, float8 or 4 bits
 MOST_EXPANSION = 32  # a float32 weight stored in 1 bit an element
 
 
@@ -169,6 +170,10 @@ def _first_call(
             return dict(made), session.run(_known(session, made))
         except (DataError, ModelError) as error:
             refused = refused or error
+            if _NO_ARRAY in str(error):  # no data would change that
+                break
+    if refused is not None and _NO_ARRAY in str(refused):
+        raise refused
     raise DataError(f"made-up inputs do not fit this model, give --calibration DATA; first refusal: {refused}")
 
 
