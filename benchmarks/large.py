@@ -109,7 +109,7 @@ def main() -> int:
         size = make(source, 1e9 * given.gigabytes)
         print(f"made {size / 1e9:.2f} GB in {time.perf_counter() - start:.0f} s")
     short = 0
-    print("| job | wall s | pass s | peak RssAnon MB | GB before -> after |\n|---|---|---|---|---|")
+    print("| job | wall s | cpu s | pass s | peak RssAnon MB | GB before -> after |\n|---|---|---|---|---|---|")
     for job in given.jobs:
         short += not _run(job, source, given.folder / f"{job}.onnx", given)
     if not given.keep:
@@ -123,12 +123,13 @@ def _run(job: str, source: pathlib.Path, out: pathlib.Path, given: argparse.Name
     name, *rest = JOBS[job]
     done = measure([sys.executable, "-m", "onnxcompress", name, source, "-o", out, "--json", report, "-q", *rest])
     if done.status:
-        print(f"| {job} | {done.seconds:.1f} | exit {done.status}: {done.err.strip().splitlines()[-1:]} | | |")
+        print(f"| {job} | {done.seconds:.1f} | exit {done.status}: {done.err.strip().splitlines()[-1:]} | | | |")
         return False
     found = json.loads(report.read_text(encoding="utf-8"))
     peak = (done.peak or 0) / 1e6
     sizes = f"{found['bytes_before'] / 1e9:.3f} -> {found['bytes_after'] / 1e9:.3f}"
-    print(f"| {job} | {done.seconds:.1f} | {found['passes'][0]['seconds']:.1f} | {peak:,.0f} | {sizes} |", flush=True)
+    times = f"{done.seconds:.1f} | {done.cpu:.1f} | {found['passes'][0]['seconds']:.1f}"
+    print(f"| {job} | {times} | {peak:,.0f} | {sizes} |", flush=True)
     if not given.keep:
         for path in (out, report, *out.parent.glob(f"{out.name}.*.data")):
             path.unlink()

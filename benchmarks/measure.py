@@ -16,9 +16,13 @@ INTERVAL = 0.005  # seconds between two looks at the memory; shorter peaks are m
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """`seconds`: wall time. `peak`: largest sum of RssAnon over the process tree, bytes; None off Linux."""
+    """`seconds`: wall time. `cpu`: user and system seconds, which a busy machine changes little (0 on Windows).
+
+    `peak`: largest sum of RssAnon over the process tree, bytes; None off Linux.
+    """
 
     seconds: float
+    cpu: float
     peak: int | None
     status: int
     out: str
@@ -32,18 +36,19 @@ def measure(command: Sequence[str | os.PathLike[str]]) -> Measured:
     needs room, are not in it (they are in ru_maxrss).
     """
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        start = time.perf_counter()
+        start, before = time.perf_counter(), os.times()
         child = subprocess.Popen([os.fspath(word) for word in command], stdout=out, stderr=err)
         peaks, stop = [0], threading.Event()
         watcher = threading.Thread(target=_watch, args=(child.pid, peaks, stop), daemon=True)
         watcher.start()
         status = child.wait()
-        seconds = time.perf_counter() - start
+        seconds, after = time.perf_counter() - start, os.times()
+        cpu = after.children_user + after.children_system - before.children_user - before.children_system
         stop.set()
         watcher.join()
         out.seek(0)
         err.seek(0)
-        return Measured(seconds, peaks[0] or None, status, out.read(), err.read())
+        return Measured(seconds, cpu, peaks[0] or None, status, out.read(), err.read())
 
 
 def _watch(pid: int, peaks: list[int], stop: threading.Event) -> None:

@@ -3,7 +3,7 @@
     python benchmarks/passes.py MODEL [--calibration DATA] [--limit N] [--passes NAME...] [--runs N] [--threads N]
 
 Every job is a process of its own, as its user starts it, imports and the proof of the result included; the jobs take
-turns, so that a busy machine is busy for all of them. `pass s` is what the command itself reports for the pass. Peak is
+turns, so that a busy machine is busy for all of them, and `cpu s` hardly sees it. `pass s` is what the command itself reports for the pass. Peak is
 the largest RssAnon of the process tree (memory mapped from files is not in it). Without --calibration the calib.npz
 beside MODEL serves, or 16 made-up samples.
 """
@@ -58,6 +58,11 @@ class Row:
     def wall(self) -> float:
         """Median seconds."""
         return statistics.median(run.seconds for run in self.runs)
+
+    @property
+    def cpu(self) -> float:
+        """Median seconds of processor time."""
+        return statistics.median(run.cpu for run in self.runs)
 
     @property
     def peak(self) -> float:
@@ -128,16 +133,20 @@ def once(row: Row, command: Sequence[str], folder: pathlib.Path) -> None:
 def table(rows: dict[str, Row]) -> str:
     """The rows as Markdown, with ratios to plain reading and writing by onnx."""
     floor = rows[next(iter(FLOORS))]
-    lines = ["| job | wall s | x | peak RssAnon MB | x | pass s | file MB |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| job | wall s | x | cpu s | peak RssAnon MB | x | pass s | file MB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for name, row in rows.items():
         if row.refused:
-            lines.append(f"| {name} | {row.wall:.2f} | {row.refused} | | | | |")
+            lines.append(f"| {name} | {row.wall:.2f} | {row.refused} | | | | | |")
             continue
         inside = f"{statistics.median(row.seconds):.2f}" if row.seconds else ""
         size = f"{row.megabytes:,.2f}" if row.megabytes is not None else ""
         ratios = row.wall / floor.wall, row.peak / floor.peak
         lines.append(
-            f"| {name} | {row.wall:.2f} | {ratios[0]:.1f} | {row.peak:,.0f} | {ratios[1]:.2f} | {inside} | {size} |"
+            f"| {name} | {row.wall:.2f} | {ratios[0]:.1f} | {row.cpu:.2f} "
+            f"| {row.peak:,.0f} | {ratios[1]:.2f} | {inside} | {size} |"
         )
     return "\n".join(lines)
 
