@@ -3,9 +3,9 @@
     python benchmarks/passes.py MODEL [--calibration DATA] [--limit N] [--passes NAME...] [--runs N] [--threads N]
 
 Every job is a process of its own, as its user starts it, imports and the proof of the result included; the jobs take
-turns, so that a busy machine is busy for all of them, and `cpu s` hardly sees it. `pass s` is what the command itself reports for the pass. Peak is
-the largest RssAnon of the process tree (memory mapped from files is not in it). Without --calibration the calib.npz
-beside MODEL serves, or 16 made-up samples.
+turns, so that a busy machine is busy for all of them, and `cpu s` hardly sees it. `pass s` is what the command itself
+reports for the pass. Peak is the largest RssAnon of the process tree (memory mapped from files is not in it). Without
+--calibration the calib.npz beside MODEL serves, or 16 made-up samples.
 """
 
 from __future__ import annotations
