@@ -33,7 +33,7 @@ class Case:
     """
 
     op: str
-    feeds: Mapping[str, np.ndarray]
+    feeds: Mapping[str, Any]
     attributes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     inputs: Sequence[str] | None = None

@@ -34,7 +34,8 @@ def matmul(c: Context) -> Grads:
 
 def _tall_product(a: Tensor, g: Tensor, b: Tensor) -> Tensor:
     """A^T G with all rows of a stack below each other, for a matrix B [K, N]."""
-    tall, rows = a.reshape([-1, b.size(0)]), g.reshape([-1, b.size(1)])
+    tall = a if a.rank == 2 else a.reshape([-1, b.size(0)])
+    rows = g if a.rank == 2 else g.reshape([-1, b.size(1)])
     return a.b.op("Gemm", tall, rows, transA=1, shape=b.shape)
 
 

@@ -55,6 +55,8 @@ def global_lp_pool(c: Context) -> Grads:
 @rule("MaxUnpool")
 def max_unpool(c: Context) -> Grads:
     """Every value went to one position."""
+    if c.has(2):
+        raise c.refuse("output_shape has no rule")
     return [c.g.reshape([-1]).take(c.x[1]), None, None]
 
 
