@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Sequence
 
-INTERVAL = 0.005  # seconds between two looks at the memory; shorter peaks are missed
+INTERVAL = 0.01  # seconds between two looks at the memory; shorter peaks are missed
 
 
 @dataclasses.dataclass(frozen=True)
