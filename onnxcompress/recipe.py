@@ -134,11 +134,38 @@ def _read(source: str | os.PathLike[str]) -> tuple[Any, str]:
             f"built in: {', '.join(known)}"
         )
     try:
+        _refuse_repeated(yaml.compose(content, Loader=yaml.SafeLoader), text)
         return yaml.safe_load(content), path.stem if text not in known else text
     except yaml.YAMLError as error:
         raise RecipeError(f"{text}: is not YAML: {' '.join(str(error).split())}") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, a list a thousand deep
         raise RecipeError(f"{text}: cannot be read as YAML: {error}") from error
+
+
+def _refuse_repeated(root: Any, name: str) -> None:
+    """Refuse a key that stands twice in one mapping: YAML would forget the first without a word.
+
+    Raises:
+        RecipeError: it names the key and the line.
+    """
+    seen: set[int] = set()  # an alias is the node it stands for, and may lie within itself
+    waiting = [root]
+    while waiting:
+        node = waiting.pop()
+        if node is None or id(node) in seen or isinstance(node.value, str):
+            continue
+        seen.add(id(node))
+        if node.id == "sequence":
+            waiting += node.value
+            continue
+        keys: set[tuple[str, str]] = set()
+        for key, value in node.value:
+            if isinstance(key.value, str):
+                if (key.tag, key.value) in keys:
+                    line = key.start_mark.line + 1
+                    raise RecipeError(f"{name}: the key {_shown(key.value)} is given twice, again in line {line}")
+                keys.add((key.tag, key.value))
+            waiting += [key, value]
 
 
 def _from_mapping(content: Any, name: str) -> Recipe:
@@ -218,9 +245,11 @@ def make_pass(kind: type[Pass], given: Mapping[str, Any], where: str) -> Pass:
             values[key] = _select(value, where, kind)
             continue
         try:
-            # `yes` and `no` are no numbers, though Python counts with them.
+            # `yes` and `no` are no numbers, though Python counts with them and finds True in (1, 2, 4, 8).
             strict = True if isinstance(value, bool) else None
-            values[key] = pydantic.TypeAdapter(types[key]).validate_python(value, strict=strict)
+            alien = strict and typing.get_origin(types[key]) is Literal and not _holds_bool(types[key])
+            read = str(value) if alien else value
+            values[key] = pydantic.TypeAdapter(types[key]).validate_python(read, strict=strict)
         except pydantic.ValidationError as error:
             said = error.errors()[0]["msg"]
             raise RecipeError(f"{where}: {key} = {_shown(value)}: {said[0].lower()}{said[1:]}") from error
@@ -228,6 +257,10 @@ def make_pass(kind: type[Pass], given: Mapping[str, Any], where: str) -> Pass:
             raise RecipeError(f"{where}: {key}: its type cannot be checked: {error}") from error
         check_bounds(fields[key], values[key], where)
     return kind(**values)
+
+
+def _holds_bool(choices: Any) -> bool:
+    return any(isinstance(choice, bool) for choice in typing.get_args(choices))
 
 
 def _types(kind: type[Pass]) -> dict[str, Any]:

@@ -86,6 +86,7 @@ def test_yaml_1e_3_is_a_number_though_yaml_reads_a_string(tmp_path: pathlib.Path
         ({"passes": ["simplfy"]}, ["'simplfy'", "did you mean 'simplify'", "pip install"]),
         ({"passes": [{"weight-sharing": {"bit": 4}}]}, ["pass 1", "'bit'", "did you mean 'bits'"]),
         ({"passes": ["simplify", {"weight-sharing": {"bits": 3}}]}, ["pass 2", "bits = 3", "1, 2, 4 or 8"]),
+        ({"passes": [{"weight-sharing": {"bits": True}}]}, ["bits = True", "1, 2, 4 or 8"]),
         ({"passes": [{"weight-sharing": {"clusters": 1}}]}, ["clusters must be at least 2, not 1"]),
         ({"passes": [{"weight-sharing": {"clusters": 2.5}}]}, ["clusters = 2.5", "integer"]),
         ({"passes": [{"magnitude-pruning": {"sparsity": 1.5}}]}, ["sparsity must be at most 1.0, not 1.5"]),
@@ -149,6 +150,19 @@ def test_hostile_and_broken_yaml_is_refused(text: str, tmp_path: pathlib.Path, m
     monkeypatch.chdir(tmp_path)
     refused(written(tmp_path, text))
     assert not (tmp_path / "hacked").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "line"),
+    [
+        ("passes: [simplify]\npasses: [weight-sharing]", "passes", 2),
+        ("passes:\n  - weight-sharing:\n      bits: 4\n      clusters: 9\n      bits: 8", "bits", 5),
+        ("passes: [weight-sharing: {select: {exclude: a, exclude: b}}]", "exclude", 1),
+    ],
+)
+def test_a_key_given_twice_is_not_forgotten(text: str, key: str, line: int, tmp_path: pathlib.Path) -> None:
+    said = refused(written(tmp_path, text))
+    assert f"the key '{key}' is given twice, again in line {line}" in said
 
 
 def test_a_billion_laughs_are_not_told_again(tmp_path: pathlib.Path) -> None:
