@@ -132,7 +132,7 @@ class WeightSharing(Pass):
             return False
         # Where a codebook for all is as good as k levels can be for a bell curve, own codebooks are not worth their
         # bytes.
-        return chosen.granularity == "channel" or channel_error > 0.5 * min(1.0, NORMAL_ERROR / k**2)
+        return chosen.granularity == "channel" or channel_error > max(ENOUGH, 0.5 * min(1.0, NORMAL_ERROR / k**2))
 
 
 def _in_order(
