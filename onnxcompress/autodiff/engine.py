@@ -81,7 +81,7 @@ def backward(
             continue
         for x, gradient in zip(inputs, found, strict=False):
             if gradient is not None and x is not None and x in needed:
-                if x.shape is not None:
+                if gradient.shape is None and x.shape is not None:
                     gradient.value.shape = ir.Shape(x.shape)
                 parts.setdefault(x, []).append(gradient)
     b.scope = "grad"

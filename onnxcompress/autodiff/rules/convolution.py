@@ -113,5 +113,7 @@ def _share(channels: Size, group: int) -> Size:
 
 
 def weight_gradient(window: Window, image: Tensor, g: Tensor, group: int, w: Tensor) -> Tensor:
-    """The faster formulation for this kind of convolution (see benchmarks in FINDINGS)."""
+    """The formulation in use. By taps is the faster one on one thread in ONNX Runtime 1.32 for 1x1 and 3x3 kernels, by
+    1.3 to 2.4 times, except with three input channels or a strided depthwise kernel, where they are equal.
+    """
     return by_taps(window, image, g, group, w)
