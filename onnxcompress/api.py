@@ -22,7 +22,7 @@ from onnxcompress.data.specs import input_specs
 from onnxcompress.errors import MetricError, ModelError, NothingToDo
 from onnxcompress.model import provenance
 from onnxcompress.model.load import Loadable, load, source_of
-from onnxcompress.model.save import Saved, save, to_bytes
+from onnxcompress.model.save import Saved, refuse_bad_target, save, to_bytes
 from onnxcompress.model.sizes import payload_bytes, saved_bytes
 from onnxcompress.pipeline import Conditions
 from onnxcompress.recipe import Recipe
@@ -121,6 +121,8 @@ def compress(
     target = target or chosen.target or "cpu"
     seed = seed if seed is not None else chosen.seed or 0
     original = load(model)
+    if out is not None:
+        refuse_bad_target(pathlib.Path(out), original)
     source = source_of(original)
     before = source.bytes if source is not None else saved_bytes(original)
     feeds = _feeds(original, calibration, data_options)

@@ -73,6 +73,16 @@ def file_digest(path: pathlib.Path) -> str:
     return digest.hexdigest()
 
 
+def is_stream(path: pathlib.Path) -> bool:
+    """True for a pipe or a device, or a link to whatever a process has open there, as /dev/stdout is.
+
+    Nothing may be renamed to such a path: it would take the place of /dev/null for every program on the machine.
+    """
+    if path.is_symlink() and os.readlink(path).startswith(("/proc/", "/dev/")):
+        return True
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
 def replace(temporary_file: pathlib.Path, target: pathlib.Path) -> None:
     """Put a finished temporary in the place of `target`, durably."""
     os.replace(temporary_file, target)

@@ -24,6 +24,8 @@ from onnxcompress.model import bridge, durable
 from onnxcompress.model.limits import DEFAULT, Limits
 from onnxcompress.model.load import source_of
 
+_LONGEST_NAME = 240  # of 255 bytes; temporary and data files beside it have names up to 14 longer
+
 
 @dataclasses.dataclass(frozen=True)
 class Saved:
@@ -53,7 +55,7 @@ def save(
         SaveError: nothing could be written, or it did not read back; what stood at `path` is untouched.
     """
     target = pathlib.Path(path)
-    _refuse_bad_target(target)
+    refuse_bad_target(target, model)
     size = sum(slot.tensor.nbytes for slot in bridge.slots(model) if slot.tensor.dtype != ir.DataType.STRING)
     if external is None:
         source = source_of(model)
@@ -98,13 +100,34 @@ def serialized(proto: onnx.ModelProto) -> bytes:
         ) from error
 
 
-def _refuse_bad_target(target: pathlib.Path) -> None:
+def refuse_bad_target(target: pathlib.Path, model: ir.Model) -> None:
+    """Refuse, before any work, a place where `model` cannot be saved or must not be.
+
+    Raises:
+        SaveError: one line that says what is wrong with `target`.
+    """
+    if len(os.fsencode(target.name)) > _LONGEST_NAME:
+        raise SaveError(f"{target.name[:40]}...: the name is too long; the longest is {_LONGEST_NAME} bytes")
+    if _as_utf8(target) is None:
+        raise SaveError(f"{os.fsencode(target)!r}: the name is not valid UTF-8, which onnx asks for")
     if target.is_dir():
         raise SaveError(f"{target}: is a folder; name a file in it")
     if not target.parent.is_dir():
         raise SaveError(f"{target}: the folder {target.parent} does not exist; create it")
-    if target.exists() and not target.is_file():
+    if durable.is_stream(target):
         raise SaveError(f"{target}: is not a regular file")
+    source = source_of(model)
+    for _, data in source.files if source is not None else ():
+        if target.exists() and data.exists() and target.samefile(data):
+            raise SaveError(f"{target}: holds the external data of {source.path if source else ''}; name another file")
+
+
+def _as_utf8(path: pathlib.Path) -> str | None:
+    """The path as onnx and protobuf take it, whatever the locale; None where its bytes are not UTF-8."""
+    try:
+        return os.fsencode(path).decode("utf-8")
+    except UnicodeDecodeError:
+        return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,7 +246,7 @@ def _write_model(data: bytes, target: pathlib.Path, check: bool) -> None:
             raise SaveError(f"{target}: the model did not read back as written; check the disk")
         if check:
             try:
-                onnx.checker.check_model(os.fspath(temporary))
+                onnx.checker.check_model(_as_utf8(temporary) or data)
             except onnx.checker.ValidationError as error:
                 said = " ".join(str(error).split())[:300]
                 raise SaveError(f"{target}: the model is not valid and was not written: {said}") from error

@@ -265,6 +265,35 @@ def test_bad_targets(tmp_path: pathlib.Path) -> None:
         save(model, tmp_path / "none" / "m.onnx")
 
 
+def test_its_own_data_is_not_written_over(tmp_path: pathlib.Path) -> None:
+    saved = save(load(message()), tmp_path / "m.onnx", external=True)
+    data, link = saved.files[1], tmp_path / "link.onnx"
+    link.symlink_to(data)
+    model, before = load(saved.path), data.read_bytes()
+    for name in (data, link):
+        with pytest.raises(SaveError, match=r"holds the external data of .*m\.onnx; name another file"):
+            save(model, name)
+    assert data.read_bytes() == before
+    assert link.is_symlink()
+
+
+def test_a_link_to_what_a_process_has_open_is_never_replaced(tmp_path: pathlib.Path) -> None:
+    link = tmp_path / "stdout"  # as /dev/stdout is one
+    with open(tmp_path / "file", "wb") as file:
+        link.symlink_to(f"/proc/self/fd/{file.fileno()}")
+        with pytest.raises(SaveError, match="is not a regular file"):
+            save(load(message()), link)
+    assert link.is_symlink()
+
+
+def test_a_name_that_is_not_ascii_in_the_c_locale(tmp_path: pathlib.Path) -> None:
+    save(load(message()), tmp_path / "m.onnx")
+    code = "import sys, onnxcompress as oc; oc.save(oc.load('m.onnx'), sys.argv[1])"
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([sys.executable, "-c", code, "模型.onnx"], cwd=tmp_path, env={**os.environ, **plain}, check=True)
+    assert (tmp_path / "模型.onnx").read_bytes() == (tmp_path / "m.onnx").read_bytes()
+
+
 def test_permissions_stay(tmp_path: pathlib.Path) -> None:
     out = tmp_path / "m.onnx"
     save(load(message()), out)
