@@ -254,6 +254,14 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["share", "m.onnx", "-o", "o.onnx", "--json", "m.onnx"], "is also a model of this command"),
     (["inspect", "m.onnx", "--json", "m.onnx"], "is also a model of this command"),
     (["validate", "m.onnx", C, "--json", "m.onnx"], "is also a model of this command"),
+    (["compress", C, "-o", "f.py", "--recipe", "f.py"], "f.py: is also the recipe or data"),
+    (["compress", C, "-o", "o.onnx", "--recipe", "f.py", "--json", "f.py"], "f.py: is also the recipe or data"),
+    (["compress", C, "-o", "f.py", "--eval", "f.py", "--metric", "accuracy"], "f.py: is also the recipe or data"),
+    (["quantize", C, "-o", "f.py", "--mode", "static", "--calibration", "f.py"], "f.py: is also the recipe or data"),
+    (["validate", C, C, "--data", "f.py", "--json", "f.py"], "f.py: is also the recipe or data"),
+    (["share", C, "-o", "/dev/null"], "/dev/null: is not a regular file"),
+    (["share", C, "-o", "n" * 241], "the name is too long"),
+    (["share", C, "-o", os.fsdecode(b"\xff.onnx")], "not valid UTF-8"),
     (["share", C, "-o", "o.onnx", "--nonesuch"], "--nonesuch"),
     (["prune", C, "-o", "o.onnx", "--sparsity", "1.5"], "sparsity must be at most 1.0, not 1.5"),
     (["prune", C, "-o", "o.onnx", "--sparsity", "-0.5"], "sparsity must be at least 0.0, not -0.5"),
@@ -369,6 +377,20 @@ def test_a_report_is_replaced_whole_and_holds_no_nan(here: pathlib.Path, capsys:
     assert command(capsys, "share", "m.onnx", "-o", "o.onnx", "--json", "r.json")[0] == 0
     check_report(json.loads((here / "r.json").read_text()))
     assert names(here) == ["m.onnx", "o.onnx", "r.json"]
+
+
+def test_a_report_goes_through_a_pipe_and_never_in_its_place(here: pathlib.Path, capsys: Capture) -> None:
+    pipe = here / "pipe"
+    os.mkfifo(pipe)
+    with subprocess.Popen([*PROGRAM, "inspect", "m.onnx", "-q", "--json", "pipe"]) as reporting:
+        assert json.loads(pipe.read_text())["schema"] == 1
+    assert reporting.returncode == 0
+    assert pipe.is_fifo()
+    link = here / "stdout"  # as /dev/stdout is one
+    link.symlink_to("/proc/self/fd/1")
+    done = subprocess.run([*PROGRAM, "inspect", "m.onnx", "-q", "--json", "stdout"], capture_output=True, check=True)
+    assert json.loads(done.stdout)["schema"] == 1
+    assert link.is_symlink()
 
 
 # The program ------------------------------------------------------------------------------------------------------

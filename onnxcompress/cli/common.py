@@ -206,7 +206,7 @@ def run_compress(model: pathlib.Path, recipe: Any, report: Report, *, out: pathl
     from onnxcompress.resume import Workplace
 
     report.check(model, out)
-    _keep_inputs(report, out, recipe, options.get("calibration"), options.get("evaluate"))
+    keep_inputs(report, out, options.get("calibration"), options.get("evaluate"))
     shown = progress(report.quiet)
     try:
         return compress(model, recipe, out=out, progress=shown, on_step=report.step, **options)
@@ -219,9 +219,9 @@ def run_compress(model: pathlib.Path, recipe: Any, report: Report, *, out: pathl
         shown.done()
 
 
-def _keep_inputs(report: Report, out: pathlib.Path, *given: Any) -> None:
-    """Refuse to write over the recipe or the data that the command reads."""
-    read = [pathlib.Path(text) for text in map(str, given) if os.path.isfile(text)]
+def keep_inputs(report: Report, out: pathlib.Path | None, *given: str | pathlib.Path | None) -> None:
+    """Refuse to write over a recipe or data that the command reads."""
+    read = [pathlib.Path(path) for path in given if path is not None and os.path.isfile(path)]
     for option, written in (("--out", out), ("--json", report.json_file)):
         if written is not None and written.exists() and any(written.samefile(path) for path in read):
             raise OnnxCompressError(f"{written}: is also the recipe or data of this command; name another for {option}")

@@ -54,6 +54,7 @@ def command(
     built-in recipe int8 runs: 8-bit weights, no data needed.
     """
     report = common.Report(json_file, quiet, verbose)
+    common.keep_inputs(report, out, recipe, preprocess)
     chosen = Recipe.load(recipe or DEFAULT_RECIPE)
     passes = " -> ".join(step.name for step in chosen.steps)
     report.say(f"recipe {chosen.name}{' (the default)' if recipe is None else ''}: {passes}")

@@ -48,6 +48,7 @@ def command(
     """
     report = common.Report(json_file, quiet, verbose)
     report.check(original, compressed)
+    common.keep_inputs(report, None, options["data"], preprocess)
     data = common.reading(labels, mapping, preprocess, batch, limit)
     result = validate(
         original,
