@@ -143,6 +143,7 @@ def expand(model: ir.Model) -> bool:
                 changed |= _standard_definition(model, node)
     if any(function.domain == _DOMAIN for function in model.functions.values()):
         inline(model)
+        model.opset_imports.pop(_DOMAIN, None)
     return changed
 
 

@@ -51,6 +51,8 @@ def directional(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray], directi
         n: (rng.uniform(0.2, 1, a.shape) / a.size).astype(np.float32) for n, a in plain.items() if a.dtype == np.float32
     }
     built, found = gradient_model(model, seeds, weights)
+    onnx.checker.check_model(built, full_check=True)
+    assert {node.domain for node in built.graph.node} == {""}  # nothing but standard operators
     given = {**feeds, **{f"seed/{name}": seed for name, seed in seeds.items()}}
     single = dict(zip(found, session(built).run(list(found.values()), given), strict=True))
     worst = 0.0
