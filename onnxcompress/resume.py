@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
+with contextlib.suppress(ImportError):  # Windows has none
+    import fcntl
+
 from onnxcompress.errors import ModelError, SaveError
 from onnxcompress.model import provenance
 from onnxcompress.model.load import SOURCE_KEY, load, source_of
@@ -125,18 +128,49 @@ def workplace(out: pathlib.Path | None, identity: Mapping[str, Any], *, resume: 
         place = Workplace(pathlib.Path(tempfile.mkdtemp(prefix="onnxcompress-")), identity, temporary=True)
     else:
         place = Workplace(Workplace.folder_for(out), identity)
-        if not resume:
-            place.remove()
+    with contextlib.ExitStack() as held:
+        if out is not None:
+            held.callback(os.close, _hold(place.folder, out))
+            for stale in place.folder.glob("*.spill" if resume else "*"):
+                if stale.is_dir() and not stale.is_symlink():
+                    shutil.rmtree(stale, ignore_errors=True)
+                else:
+                    stale.unlink(missing_ok=True)
         try:
-            place.folder.mkdir(exist_ok=True)
+            yield place
+        except BaseException:
+            if not place.resumable:
+                place.remove()
+            raise
+        place.remove()
+
+
+def _hold(folder: pathlib.Path, out: pathlib.Path) -> int:
+    """Make `folder` and lock it for this run; the open handle, with whose end, or the process's, the lock goes.
+
+    Raises:
+        SaveError: the folder cannot be made, or another run is at work in it.
+    """
+    while True:
+        try:
+            folder.mkdir(exist_ok=True)
         except OSError as error:
             raise SaveError(f"{out.parent}: cannot be written: {error.strerror or error}") from error
-        for stale in place.folder.glob("*.spill"):
-            stale.unlink(missing_ok=True)
-    try:
-        yield place
-    except BaseException:
-        if not place.resumable:
-            place.remove()
-        raise
-    place.remove()
+        try:
+            handle = os.open(folder if os.name == "posix" else os.devnull, os.O_RDONLY)
+        except FileNotFoundError:  # a run that ended took it away in between
+            continue
+        if os.name != "posix":
+            return handle
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(handle), os.stat(folder)):
+                return handle
+        except BlockingIOError:
+            os.close(handle)
+            raise SaveError(f"{out}: another run is writing it; wait for its end, or name another file") from None
+        except FileNotFoundError:
+            pass
+        except OSError:  # a network file system without locks
+            return handle
+        os.close(handle)

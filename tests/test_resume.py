@@ -250,3 +250,20 @@ def test_targets_that_can_never_be_written_are_refused_before_the_work(folder: p
     with pytest.raises(SaveError, match="nowhere does not exist; create it"):
         oc.compress(folder / "model.onnx", PASSES, out=folder / "nowhere" / "out.onnx")
     assert runs(folder) == []
+
+
+def test_a_second_run_with_the_same_output_is_refused_and_the_first_goes_on(folder: pathlib.Path) -> None:
+    model, out, again = folder / "model.onnx", folder / "out.onnx", []
+
+    def meanwhile(_: object) -> None:
+        with pytest.raises(SaveError, match=r"out\.onnx: another run is writing it") as refused:
+            oc.compress(model, PASSES, out=out)
+        again.append(refused)
+        assert (folder / ".out.onnx.work").is_dir()
+
+    oc.compress(model, PASSES, out=out, on_step=meanwhile)
+    assert len(again) == len(PASSES)
+    assert not (folder / ".out.onnx.work").exists()
+    first = out.read_bytes()
+    oc.compress(model, PASSES, out=out)
+    assert out.read_bytes() == first
