@@ -7,6 +7,7 @@ weights, run as it stands, holds all of them expanded at the same time.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import pathlib
 import shutil
@@ -125,16 +126,20 @@ def _expand(model: ir.Model, folder: pathlib.Path) -> bool:
     for number, weight in enumerate(weights(model)):
         if not _is_expansion(weight):
             continue
+        encoding = weight.encoding  # unpacked anew whenever it is asked for
+        count = math.prod(encoding.shape) * encoding.dtype.itemsize
+        if count < LEAST_BYTES:
+            continue
         path = folder / f"{number}.expanded"
         with open(path, "wb") as file:
-            for _, piece in pieces(weight.encoding, PIECE):
+            for _, piece in pieces(encoding, PIECE):
                 _run(model, piece).tofile(file)
         tensor = ir.ExternalTensor(
             path.name,
             0,
-            path.stat().st_size,
-            ir.DataType.from_numpy(weight.dtype),
-            shape=ir.Shape(weight.shape),
+            count,
+            ir.DataType.from_numpy(encoding.dtype),
+            shape=ir.Shape(encoding.shape),
             name=weight.value.name or "",
             base_dir=os.fspath(folder),
         )
@@ -144,14 +149,13 @@ def _expand(model: ir.Model, folder: pathlib.Path) -> bool:
 
 
 def _is_expansion(weight: Weight) -> bool:
-    """True for a large weight that a node in a graph expands; a function has no initializers to put one into."""
+    """True for a weight that a node in a graph expands; a function has no initializers to put one into."""
     node = weight.value.producer()
     return (
         isinstance(weight.owner, ir.Graph)
         and weight.attribute is None
         and node is not None
         and recognize.parts(node) is not None
-        and weight.size * weight.dtype.itemsize >= LEAST_BYTES
     )
 
 
