@@ -39,7 +39,7 @@ def train(
     lr: float | None = None,
     optimizer: str = "adamw",
     schedule: Any = "cosine",
-    temperature: float = 2.0,
+    temperature: float | None = None,
     alpha: float | None = None,
     loss: Any = "auto",
     literal: bool = False,
@@ -122,8 +122,8 @@ def train(
     return _report(done)
 
 
-def _check(temperature: float, alpha: float | None, lr: float | None, evaluate: Any, metric: Any) -> None:
-    if not temperature > 0:
+def _check(temperature: float | None, alpha: float | None, lr: float | None, evaluate: Any, metric: Any) -> None:
+    if temperature is not None and not temperature > 0:
         raise PassError(f"--temperature: wanted a number above 0, got {temperature}")
     if alpha is not None and not 0 <= alpha <= 1:
         raise PassError(f"--alpha: wanted a share from 0 to 1, got {alpha}")

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -34,7 +33,7 @@ from onnxcompress.training.schedules import Kind, Schedule
 from onnxcompress.training.targets import Objective, Target
 from onnxcompress.training.teacher import Teacher
 
-REFERENCE_BATCH = 32
+PROBED = 32  # samples from which the losses and the temperature are chosen
 RATES = {"adamw": 1e-3, "sgd": 1e-2}
 
 
@@ -42,8 +41,9 @@ RATES = {"adamw": 1e-3, "sgd": 1e-2}
 class Settings:
     """How to train. The defaults heal a compressed model without tuning.
 
-    `batch`: samples an update. `lr`: peak learning rate; None is 1e-3 for AdamW (1e-2 for SGD), for a batch below 32
-    times sqrt(batch / 32) (Malladi et al., 2022). `clip`: the norm gradients are clipped to, None for not at all.
+    `batch`: samples an update. `lr`: peak learning rate; None is 1e-3 for AdamW, 1e-2 for SGD. `clip`: the norm
+    gradients are clipped to, None for not at all. `relative`: AdamW's steps are in proportion to each weight's
+    magnitude, so that one learning rate serves every model; False gives textbook AdamW.
     `outputs`: names of the student's outputs to learn, empty for all. `patience`: see `loop.Plan`.
     """
 
@@ -56,6 +56,7 @@ class Settings:
     schedule: Kind = "cosine"
     warmup: float = 0.05
     clip: float | None = 1.0
+    relative: bool = True
     seed: int = 0
     outputs: tuple[str, ...] = ()
     patience: int | None = None
@@ -64,9 +65,7 @@ class Settings:
     @property
     def peak(self) -> float:
         """The learning rate that is used."""
-        if self.lr is not None:
-            return self.lr
-        return RATES[self.optimizer] * math.sqrt(min(1.0, self.batch / REFERENCE_BATCH))
+        return RATES[self.optimizer] if self.lr is None else self.lr
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +150,7 @@ def distill(
             targets.write_all(chosen, objective),
             optimizers.named(settings.optimizer, settings.weight_decay, settings.momentum),
             clip=settings.clip,
+            relative=settings.relative and settings.optimizer == "adamw",
             accumulate=size is not None and settings.batch > size,
             allows=settings.select.allows,
         )
@@ -250,17 +250,21 @@ def _targets(
     *,
     soft: bool,
 ) -> list[Target]:
-    """What each output is trained on, from what the teacher gives for the first call."""
-    first = np.arange(min(size or 2, all_samples.count))
-    feeds = {name: np.asarray(a[first]) for name, a in all_samples.feeds.items()} | all_samples.constants
-    found = guide.logits(feeds)
-    shapes = {s.output: found[t.output].shape for s, t in pairs}
+    """What each output is trained on, from what the teacher gives for a few samples."""
+    count = size or PROBED
+    looks = [np.arange(at, at + count) % all_samples.count for at in range(0, PROBED, count)]
+    calls = [
+        {name: np.asarray(a[look]) for name, a in all_samples.feeds.items()} | all_samples.constants for look in looks
+    ]
+    seen = [guide.logits(feeds) for feeds in calls]
+    found = {s.output: np.concatenate([each[t.output] for each in seen]) for s, t in pairs}
+    shapes = {name: array.shape for name, array in found.items()}
     _check_shapes(pairs, shapes, student)
     tokens = None
     if all_samples.labels is None and objective.loss in ("auto", "classes"):
         outputs = {s.output: t.output for s, t in pairs}
-        tokens = causal.next_tokens(guide.logits, feeds, all_samples, {k: shapes[k] for k in outputs}, outputs)
-    return targets.choose(pairs, shapes, all_samples, objective, soft=soft, next_tokens=tokens)
+        tokens = causal.next_tokens(guide.logits, calls[0], all_samples, shapes, outputs)
+    return targets.choose(pairs, found, all_samples, objective, soft=soft, next_tokens=tokens)
 
 
 def _check_shapes(pairs: Sequence[tuple[Head, Head]], shapes: Mapping[str, tuple[int, ...]], student: ir.Model) -> None:
@@ -330,11 +334,11 @@ def _said(target: Target, objective: Objective) -> str:
     """One target in words."""
     parts = []
     if target.labels is not None:
-        alpha = (0.5 if objective.alpha is None else objective.alpha) if target.soft else 1.0
+        alpha = objective.share if target.soft else 1.0
         names = {"classes": "cross-entropy", "binary": "binary cross-entropy", "values": "squared error"}
         parts.append(f"{alpha:g} x {names.get(target.kind, target.kind)}")
     if target.soft:
-        share = f"{1 - (0.5 if objective.alpha is None else objective.alpha):g} x " if parts else ""
+        share = f"{1 - objective.share:g} x " if parts else ""
         soft = target.kind in ("classes", "binary")
-        parts.append(f"{share}{f'soft targets at T = {objective.temperature:g}' if soft else target.kind}")
+        parts.append(f"{share}{f'soft targets at T = {target.temperature:.4g}' if soft else target.kind}")
     return " + ".join(parts)

@@ -20,6 +20,7 @@ from onnxcompress.model.weights import Weight, weights
 from onnxcompress.numerics.transforms import is_transform
 
 PACKED = 1 << 14  # elements below which a parameter is packed with others
+REFERENCE_RMS, LEAST_STEP, LARGEST_STEP = 0.05, 0.01, 4.0
 _HALF = {"float16", "bfloat16"}
 _RUNNING_STATISTICS = (3, 4)  # inputs of BatchNormalization that are measured, not learned
 _MASK_LIKE = 1e4  # a constant of larger magnitude is an attention mask, not a weight
@@ -27,13 +28,30 @@ _MASK_LIKE = 1e4  # a constant of larger magnitude is an attention mask, not a w
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-    """One trainable array: part `part` of the encoding of the weight `key`. `decay`: whether weight decay is for it."""
+    """One trainable array: part `part` of the encoding of the weight `key`.
+
+    `decay`: whether weight decay is for it. `layer`: whether it is a layer's weight, not a bias, norm or scale.
+    """
 
     key: str
     part: str
     value: ir.Value
     initial: np.ndarray
     decay: bool
+    layer: bool
+
+    @property
+    def relative(self) -> float:
+        """How large its steps are beside those of a weight with root mean square 0.05; 1 for all but layers' weights.
+
+        A first layer that takes pixels of 0 to 255 has weights a hundred times smaller than the next: one step size
+        for both destroys it or leaves the rest where it is (Shazeer, Stern, 2018, section 8; You et al., 2020).
+        """
+        if not self.layer:
+            return 1.0
+        kept = self.initial[self.initial != 0].astype(np.float64)
+        rms = float(np.sqrt(np.mean(kept * kept))) if kept.size else 0.0
+        return min(max(rms / REFERENCE_RMS, LEAST_STEP), LARGEST_STEP)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +62,13 @@ class Leaf:
     initial: np.ndarray
     members: tuple[Parameter, ...]
     decay: bool
+
+    def relative(self) -> np.ndarray:
+        """Factors of the step size (see `Parameter.relative`): a scalar, or one an element where several are packed."""
+        factors = [member.relative for member in self.members]
+        if len(set(factors)) == 1:
+            return np.array(factors[0], self.initial.dtype)
+        return np.repeat(factors, [member.initial.size for member in self.members]).astype(self.initial.dtype)
 
     def split(self, array: np.ndarray) -> Iterator[tuple[Parameter, np.ndarray]]:
         """The parameters in `array`, a value of this leaf."""
@@ -62,7 +87,7 @@ class _InTraining(Encoding):
     inner: Encoding
     exposed: Exposed
     key: str
-    decay: bool
+    layer: bool
     wide: bool  # every consumer casts it anyway, so half precision need not be restored
 
     @property
@@ -87,8 +112,8 @@ class _InTraining(Encoding):
             if fixed:
                 self.exposed.buffers.append((parameters[part], array))
             else:
-                decay = self.decay and part == "w"
-                self.exposed.parameters.append(Parameter(self.key, part, parameters[part], array, decay))
+                decay = self.layer and part == "w"
+                self.exposed.parameters.append(Parameter(self.key, part, parameters[part], array, decay, self.layer))
         found = self.inner.forward(tape, parameters, _Buffers(self.inner.buffers(), self.exposed, self.key), name)
         if self.dtype != _master(self.inner.dtype):
             kind = ir.DataType.from_numpy(self.dtype)
@@ -130,10 +155,10 @@ def expose(model: ir.Model, allows: Callable[[Weight], bool] = lambda weight: Tr
             exposed.left[weight.key] = reason
             continue
         inner = weight.encoding
-        decay = weight.role in WEIGHT_ROLES and len(weight.shape) > 1
+        layer = weight.role in WEIGHT_ROLES and len(weight.shape) > 1
         wide = inner.dtype.name in _HALF and all(use.node.op_type == "Cast" for use in weight.value.uses())
         try:
-            weight.replace(_InTraining(inner, exposed, weight.key, decay, wide))
+            weight.replace(_InTraining(inner, exposed, weight.key, layer, wide))
         except PassError as error:
             exposed.left[weight.key] = str(error)
     return exposed

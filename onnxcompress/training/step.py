@@ -104,10 +104,13 @@ def build(
     optimizer: Optimizer,
     *,
     clip: float | None = 1.0,
+    relative: bool = False,
     accumulate: bool = False,
     allows: Callable[[Weight], bool] = lambda weight: True,
 ) -> TrainingGraph:
     """The training graph of `model` (from `forward`), which is changed into it. `values`: what the loss is about.
+
+    `relative`: scale the steps of each weight by its magnitude (`Parameter.relative`).
 
     Raises:
         PassError: nothing of it can be trained.
@@ -142,17 +145,22 @@ def build(
     update: ir.Model | None = None
     if accumulate:
         _accumulate(model, leaves, found)
-        update = _update_model(model, leaves, optimizer, clip)
+        update = _update_model(model, leaves, optimizer, clip, relative)
     else:
         b = Builder(model.graph, model.opset_imports[""])
-        _update(b, leaves, {leaf.name: b.wrap(found[leaf.name]) for leaf in leaves}, optimizer, clip)
+        _update(b, leaves, {leaf.name: b.wrap(found[leaf.name]) for leaf in leaves}, optimizer, clip, relative)
     buffers = {value.name or "": array for value, array in exposed.buffers}
     model.graph.name = "training step"
     return TrainingGraph(model, update, leaves, state, buffers, exposed.left)
 
 
 def _update(
-    b: Builder, leaves: Sequence[Leaf], found: Mapping[str, Tensor], optimizer: Optimizer, clip: float | None
+    b: Builder,
+    leaves: Sequence[Leaf],
+    found: Mapping[str, Tensor],
+    optimizer: Optimizer,
+    clip: float | None,
+    relative: bool,
 ) -> None:
     """Append clipping and the optimizer's step, with their outputs."""
     b.scope = "update"
@@ -178,9 +186,10 @@ def _update(
     for leaf in leaves:
         w, g = given(leaf.name, leaf.initial), found[leaf.name]
         state = [given(f"state/{leaf.name}/{slot}", leaf.initial) for slot in optimizer.slots]
-        mine = dataclasses.replace(
-            shared, lr=shared.lr.cast(w.dtype), size=shared.size.cast(w.dtype), eps=shared.eps.cast(w.dtype)
-        )
+        size = shared.size.cast(w.dtype)
+        if relative:
+            size = size * b.constant(leaf.relative())
+        mine = dataclasses.replace(shared, lr=shared.lr.cast(w.dtype), size=size, eps=shared.eps.cast(w.dtype))
         factor = None if scale is None else scale.cast(w.dtype)
         new, fresh = optimizer.update(w, g, state, mine, factor, leaf.decay)
         result(new, leaf.name + NEXT)
@@ -204,7 +213,9 @@ def _accumulate(model: ir.Model, leaves: Sequence[Leaf], found: Mapping[str, ir.
         model.graph.outputs.append(after.value)
 
 
-def _update_model(model: ir.Model, leaves: Sequence[Leaf], optimizer: Optimizer, clip: float | None) -> ir.Model:
+def _update_model(
+    model: ir.Model, leaves: Sequence[Leaf], optimizer: Optimizer, clip: float | None, relative: bool
+) -> ir.Model:
     """The optimizer's step alone, from gradient sums."""
     inputs = []
     for leaf in leaves:
@@ -212,7 +223,14 @@ def _update_model(model: ir.Model, leaves: Sequence[Leaf], optimizer: Optimizer,
         inputs.append(ir.Value(name=_sum(leaf), type=kind, shape=ir.Shape(leaf.initial.shape)))
     graph = ir.Graph(inputs, [], nodes=[], opset_imports=dict(model.opset_imports), name="update")
     b = Builder(graph, model.opset_imports[""])
-    _update(b, leaves, {leaf.name: b.wrap(value) for leaf, value in zip(leaves, inputs, strict=True)}, optimizer, clip)
+    _update(
+        b,
+        leaves,
+        {leaf.name: b.wrap(value) for leaf, value in zip(leaves, inputs, strict=True)},
+        optimizer,
+        clip,
+        relative,
+    )
     return ir.Model(graph, ir_version=model.ir_version)
 
 

@@ -1,7 +1,8 @@
 """What the student learns from: for each output the loss that fits it, and the arrays that loss is fed with.
 
 Which loss: what stands behind the logits (Softmax, ArgMax: classes; Sigmoid: yes or no by itself) and the labels
-decide; where both are silent, a causal language model's next tokens, then the output's name, and else its values are matched.
+decide; where both are silent, a causal language model's next tokens, then the output's name, and else its values are
+matched.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from onnxcompress.training.step import Inputs, WriteLoss
 Loss = Literal["auto", "classes", "binary", "values", "cosine"]
 LOSSES: tuple[str, ...] = ("auto", "classes", "binary", "values", "cosine")
 IGNORED = -100
+TEMPERATURE, ALPHA = 4.0, 0.1
 _NAMED = re.compile(r"logit|score|class|prob|pred", re.IGNORECASE)
 
 
@@ -31,15 +33,28 @@ _NAMED = re.compile(r"logit|score|class|prob|pred", re.IGNORECASE)
 class Objective:
     """How hard labels and the teacher are mixed.
 
-    `temperature`: T of the soft targets. `alpha`: the share of the labels' loss; None is 0.5 where there are labels.
-    `squared`: multiply the soft loss by T^2. `smoothing`: of the labels.
+    `temperature`: T of the soft targets; None is 4, or as much as brings the teacher's logits to a standard deviation
+    of 1 (some models' logits go to the thousands, and their softmax is no softer than a label). `alpha`: the share of
+    the labels' loss; None is 0.1. `squared`: multiply the soft loss by T^2. `smoothing`: of the labels.
     """
 
     loss: Loss = "auto"
-    temperature: float = 2.0
+    temperature: float | None = None
     alpha: float | None = None
     squared: bool = True
     smoothing: float = 0.0
+
+    @property
+    def share(self) -> float:
+        """The `alpha` that is used where there are labels and a teacher."""
+        return ALPHA if self.alpha is None else self.alpha
+
+    def temperature_for(self, logits: np.ndarray, axis: int) -> float:
+        """The T that is used for a teacher's logits."""
+        if self.temperature is not None:
+            return self.temperature
+        spread = float(np.std(logits, axis=axis).mean()) if axis < logits.ndim else float(np.abs(logits).mean())
+        return max(TEMPERATURE, spread)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +73,7 @@ class Target:
     shape: tuple[int, ...]
     labels: np.ndarray | None
     soft: bool
+    temperature: float
     teacher: np.ndarray | None = None
 
     def write(self, inputs: Inputs, z: Tensor, objective: Objective) -> Tensor:
@@ -81,16 +97,16 @@ class Target:
             kind = ir.DataType.INT64 if self.kind == "classes" else ir.DataType.FLOAT
             labels = inputs(f"{where}/labels", kind, positions if self.kind == "classes" else whole)
             hard = self._hard(z, labels, counted, objective)
-        return losses.mix(hard, soft, 0.5 if objective.alpha is None else objective.alpha)
+        return losses.mix(hard, soft, objective.share)
 
     def _ragged(self, z: Tensor) -> bool:
         return len(self.shape) >= 3 and (z.shape is None or not isinstance(z.shape[1], int))
 
     def _soft(self, z: Tensor, t: Tensor, weight: Tensor, objective: Objective) -> Tensor:
         if self.kind == "classes":
-            return losses.soft_targets(z, t, weight, self.axis, objective.temperature, objective.squared)
+            return losses.soft_targets(z, t, weight, self.axis, self.temperature, objective.squared)
         if self.kind == "binary":
-            return losses.binary_soft_targets(z, t, weight, self.axis, objective.temperature, objective.squared)
+            return losses.binary_soft_targets(z, t, weight, self.axis, self.temperature, objective.squared)
         distance = losses.cosine_distance if self.kind == "cosine" else losses.squared_error
         return distance(z, t, weight, self.axis)
 
@@ -151,14 +167,15 @@ def write_all(targets: Sequence[Target], objective: Objective) -> WriteLoss:
 
 def choose(
     pairs: Sequence[tuple[Head, Head]],
-    shapes: Mapping[str, tuple[int, ...]],
+    logits: Mapping[str, np.ndarray],
     samples: Samples,
     objective: Objective,
     *,
     soft: bool,
     next_tokens: np.ndarray | None = None,
 ) -> list[Target]:
-    """The targets of the student's heads. `pairs`: (student, teacher). `shapes`: of the logits by student output.
+    """The targets of the student's heads. `pairs`: (student, teacher). `logits`: the teacher's for
+    some samples, by student output.
 
     `next_tokens`: int64 [samples, positions], when the model is a causal language model and there are no labels.
 
@@ -167,13 +184,14 @@ def choose(
     """
     found, given = [], samples.labels
     for index, (student, teacher) in enumerate(pairs):
-        shape = shapes[student.output]
+        shape = logits[student.output].shape
         kind, axis, labels = _kind(student, teacher, shape, given, next_tokens, objective.loss)
         if labels is not None:
             given = next_tokens = None  # the labels are of one output
-        found.append(Target(index, student, kind, axis, shape, labels, soft))
+        temperature = objective.temperature_for(logits[student.output], axis)
+        found.append(Target(index, student, kind, axis, shape, labels, soft, temperature))
     if samples.labels is not None and given is not None:
-        told = ", ".join(f"{student.output} {list(shapes[student.output])}" for student, _ in pairs)
+        told = ", ".join(f"{student.output} {list(logits[student.output].shape)}" for student, _ in pairs)
         raise DataError(f"labels of shape {list(samples.labels.shape)} ({samples.labels.dtype}) fit no output: {told}")
     if not soft:
         found = [target for target in found if target.labels is not None]
