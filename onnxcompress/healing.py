@@ -13,13 +13,13 @@ from onnxcompress.contract import Progress, Select, Silent
 from onnxcompress.data.source import open_data
 from onnxcompress.data.specs import input_specs
 from onnxcompress.errors import DataError, MetricError, PassError
-from onnxcompress.model import provenance
+from onnxcompress.model import bridge, provenance
 from onnxcompress.model.load import load, source_of
 from onnxcompress.model.save import save
 from onnxcompress.proof import Prover
 from onnxcompress.resume import workplace
 from onnxcompress.runtime.session import open_session
-from onnxcompress.training.distill import Conditions, Evaluation, Settings, Trained, distill
+from onnxcompress.training.distill import Conditions, Evaluation, Settings, Trained, distill, write
 from onnxcompress.training.loop import Epoch
 from onnxcompress.training.targets import Objective
 from onnxcompress.validation.metrics import metric_named
@@ -106,7 +106,9 @@ def train(
             evaluation=evaluation,
             conditions=conditions,
         )
-        _prove(model, done.model, source)
+        trained = bridge.clone(model)
+        errors = write(trained, done.parameters, place.folder)
+        _prove(model, trained, source)
         text = f"distill {sorted(done.losses.items())} {settings}" if original else f"train {settings}"
         found = provenance.Provenance(
             parent=identity["student"],
@@ -115,11 +117,11 @@ def train(
             versions=provenance.versions(),
             seed=settings.seed,
         )
-        provenance.write(done.model, found)
-        saved = save(done.model, target)
+        provenance.write(trained, found)
+        saved = save(trained, target)
     say(_summary(done))
     say(f"{saved.path}: saved, {saved.bytes:,} bytes")
-    return _report(done)
+    return _report(done, errors)
 
 
 def _check(temperature: float | None, alpha: float | None, lr: float | None, evaluate: Any, metric: Any) -> None:
@@ -171,10 +173,10 @@ def _told(epoch: Epoch, epochs: int) -> str:
 
 def _summary(done: Trained) -> str:
     learned = "; ".join(f"{output}: {said}" for output, said in done.losses.items())
-    return f"trained {len(done.errors)} weights in {done.steps} steps, left {len(done.left)} ({learned})"
+    return f"trained {len(done.parameters)} weights in {done.steps} steps, left {len(done.left)} ({learned})"
 
 
-def _report(done: Trained) -> dict[str, Any]:
+def _report(done: Trained, errors: dict[str, float]) -> dict[str, Any]:
     return {
         "schema": 1,
         "steps": done.steps,
@@ -182,6 +184,6 @@ def _report(done: Trained) -> dict[str, Any]:
         "epochs": [
             {"epoch": e.number, "loss": e.loss, "score": e.score, "seconds": round(e.seconds, 3)} for e in done.epochs
         ],
-        "touched": [{"weight": key, "change": change} for key, change in done.errors.items()],
+        "touched": [{"weight": key, "change": change} for key, change in errors.items()],
         "left": [{"weight": key, "reason": reason} for key, reason in done.left.items()],
     }

@@ -23,6 +23,7 @@ from onnxcompress.data.specs import input_specs
 from onnxcompress.errors import DataError, ModelError, PassError
 from onnxcompress.model import bridge, provenance
 from onnxcompress.model.weights import weights
+from onnxcompress.numerics.error import relative_rms
 from onnxcompress.training import causal, heads, optimizers, samples, step, targets, teacher
 from onnxcompress.training.checkpoint import Checkpoints
 from onnxcompress.training.heads import Head
@@ -78,14 +79,14 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A trained model. `errors`: weight key -> relative change; `left`: weights that were not trained, with the reason.
+    """What was learned.
 
-    `losses`: what each output was trained on.
+    `parameters`: weight key -> part of its encoding -> array. `left`: weights that were not trained, with the reason.
+    `losses`: what each output was trained on, in words.
     """
 
-    model: ir.Model
+    parameters: dict[str, dict[str, np.ndarray]]
     epochs: list[Epoch]
-    errors: dict[str, float]
     left: dict[str, str]
     losses: dict[str, str]
     steps: int
@@ -176,7 +177,9 @@ def distill(
 
         def score(values: Mapping[str, np.ndarray]) -> float:
             assert evaluation is not None
-            return evaluation.score(written(student, graph.trained(values), None)[0])
+            candidate = bridge.clone(student)
+            write(candidate, graph.trained(values))
+            return evaluation.score(candidate)
 
         loop = Loop(
             graph,
@@ -191,29 +194,25 @@ def distill(
             finished,
         )
         values = loop.run(resume=conditions.resume)
-    model, errors = written(student, graph.trained(values), conditions.work)
     losses = {target.head.output: _said(target, objective) for target in chosen}
-    return Trained(model, history, errors, graph.left, losses, total)
+    return Trained(graph.trained(values), history, graph.left, losses, total)
 
 
-def written(
-    student: ir.Model, trained: Mapping[str, Mapping[str, np.ndarray]], work: pathlib.Path | None
-) -> tuple[ir.Model, dict[str, float]]:
-    """A copy of `student` with trained parameters in its weights' encodings, and the relative change of each."""
-    model = bridge.clone(student)
+def write(
+    model: ir.Model, trained: Mapping[str, Mapping[str, np.ndarray]], work: pathlib.Path | None = None
+) -> dict[str, float]:
+    """Put trained parameters into the encodings of `model`'s weights, in place; the relative change of each weight."""
     errors = {}
     found = {weight.key: weight for weight in weights(model, work)}
     for key, parts in trained.items():
         if key not in found:
             raise PassError(f"the weight {key!r} was lost in training (a bug)")
         weight = found[key]
-        before = weight.array().astype(np.float32)
+        before = weight.array()
         new = weight.encoding.updated(parts)
-        after = new.decode().astype(np.float32)
-        scale = float(np.linalg.norm(before)) or 1.0
-        errors[key] = float(np.linalg.norm(after - before)) / scale
+        errors[key] = relative_rms(before, new.decode())
         weight.replace(new)
-    return model, errors
+    return errors
 
 
 class _Feeder:
@@ -273,10 +272,10 @@ def _check_shapes(pairs: Sequence[tuple[Head, Head]], shapes: Mapping[str, tuple
         mine, given = declared.get(head.output), shapes[head.output]
         if mine is None or (head.kind != "values" and len(mine) != len(given)):
             continue
-        fixed = [(a, b) for a, b in zip(mine, given, strict=False) if isinstance(a, int)]
-        if len(mine) != len(given) or any(a != b for a, b in fixed[1:] if a > 0):
+        fixed = [(a, b) for a, b in list(zip(mine, given, strict=False))[1:] if isinstance(a, int) and a > 0]
+        if len(mine) != len(given) or any(a != b for a, b in fixed):
             raise ModelError(
-                f"the student's output {head.output!r} is {[str(d) for d in mine]}, "
+                f"the student's output {head.output!r} is [{', '.join(str(d) for d in mine)}], "
                 f"the teacher's {theirs.output!r} is {list(given)}: they do not fit"
             )
 

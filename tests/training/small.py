@@ -1,0 +1,55 @@
+"""Small networks and data that the tests of training share."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from onnxcompress.data.batch import Data
+from onnxcompress.data.source import open_data
+from onnxcompress.data.specs import input_specs
+from onnxcompress.model.load import load
+from onnxcompress.runtime.session import open_session
+from tests.builders import floats, graph, info, model, node, tensors
+
+
+def mlp(head: str = "", batch: int | str = "n") -> onnx.ModelProto:
+    """x [n, 6] -> Gemm [6, 200] -> Relu -> Gemm [200, 4] -> (Softmax); the first weight is too large to be packed."""
+    nodes = [
+        node("Gemm", ["x", "w1", "b1"], ["h"], name="one"),
+        node("Relu", ["h"], ["r"], name="relu"),
+        node("Gemm", ["r", "w2", "b2"], ["z"], name="two"),
+    ]
+    if head:
+        nodes.append(node(head, ["z"], ["y"], name="head"))
+    arrays = {
+        "w1": floats(6, 200, seed=1) * 0.4,
+        "b1": floats(200, seed=2) * 0.1,
+        "w2": floats(200, 4, seed=3) * 0.1,
+        "b2": floats(4, seed=4) * 0.1,
+    }
+    output = info("y" if head else "z", [batch, 4])
+    return model(graph(nodes, [info("x", [batch, 6])], [output], tensors(**arrays)))
+
+
+def arrays(count: int = 64, seed: int = 5) -> dict[str, np.ndarray]:
+    """Inputs and labels that depend on them."""
+    x = floats(count, 6, seed=seed)
+    return {"x": x, "y": (np.abs(x[:, :4])).argmax(1).astype(np.int64)}
+
+
+def opened(of: ir.Model, source: Mapping[str, np.ndarray] | pathlib.Path, batch: int = 16) -> Data:
+    """Data as training reads it."""
+    return open_data(source, input_specs(of), batch=batch, trim=False, last="fill")
+
+
+def outputs(of: ir.Model | onnx.ModelProto, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """One run."""
+    loaded = of if isinstance(of, ir.Model) else load(of)
+    with open_session(loaded) as session:
+        return session.run(feeds)
