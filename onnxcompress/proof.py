@@ -27,6 +27,8 @@ from onnxcompress.runtime.session import Session, open_session
 from onnxcompress.validation.agreement import Agreement, OutputAgreement
 
 LATENCY_SECONDS = 0.5
+# A model larger than this is run from files: to optimize it and its original at once takes six to eight times its size.
+MAPPED_BYTES = 512 << 20
 _NO_ARRAY = "No corresponding Numpy type"  # ONNX Runtime 1.32 of an output in bfloat16, float8 or 4 bits
 MOST_EXPANSION = 32  # a float32 weight stored in 1 bit an element
 
@@ -56,7 +58,10 @@ class Proof:
 
 
 class Prover:
-    """Holds the original's session, one call's `feeds` and the outputs to compare with."""
+    """Holds the original's session, one call's `feeds` and the outputs to compare with.
+
+    `large`: too large to be proved after each pass. From `MAPPED_BYTES` on nothing is optimized, and no time compared.
+    """
 
     def __init__(
         self,
@@ -66,7 +71,9 @@ class Prover:
         work: pathlib.Path | None = None,
     ) -> None:
         """`work`: a folder on disk for what is too large for memory (None: the system's)."""
-        self.large = expanded_bytes(original) > DEFAULT.inline_bytes
+        size = expanded_bytes(original)
+        self.large = size > DEFAULT.inline_bytes
+        self._mapped = size > MAPPED_BYTES
         self.inputs = "synthetic" if feeds is None else "data"
         self._work = work if work is not None else pathlib.Path(tempfile.gettempdir())
         self._held = contextlib.ExitStack()  # the original's session, as long as it is compared in time
@@ -74,9 +81,9 @@ class Prover:
             session = stack.enter_context(self._open(original))
             self.feeds, self._reference = _first_call(session, original, feeds, seed)
             self._finite = {name: _is_finite(value) for name, value in self._reference.items()}
-            if not self.large:
+            if not self._mapped:
                 self._held = stack.pop_all()
-        self._session = None if self.large else session
+        self._session = None if self._mapped else session
 
     def close(self) -> None:
         """Release the original's session."""
@@ -94,7 +101,7 @@ class Prover:
         Raises:
             PassError: it does not check, load or run, its outputs have another shape, or are no longer finite.
         """
-        if not self.large:
+        if not self._mapped:
             _check(model)
         try:
             with self._open(model) as session:
@@ -106,7 +113,7 @@ class Prover:
         return Proof(agreement, ratio, self.inputs)
 
     def _open(self, model: ir.Model) -> contextlib.AbstractContextManager[Session]:
-        return open_mapped(model, self._work) if self.large else open_session(model)
+        return open_mapped(model, self._work) if self._mapped else open_session(model)
 
     def _compare(self, outputs: Mapping[str, Any]) -> tuple[OutputAgreement, ...]:
         missing = [name for name in self._reference if name not in outputs]
@@ -140,7 +147,7 @@ class Prover:
 def expanded_bytes(model: ir.Model) -> int:
     """Bytes that ONNX Runtime holds once it has loaded `model`: all tensors, encoded weights expanded."""
     stored = tensor_bytes(model)
-    if stored * MOST_EXPANSION <= DEFAULT.inline_bytes:
+    if stored * MOST_EXPANSION <= MAPPED_BYTES:
         return stored
     return stored + sum(max(0, w.size * w.dtype.itemsize - w.nbytes) for w in weights(model))
 
