@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import onnx_ir as ir
@@ -12,13 +14,14 @@ import onnx_ir as ir
 from onnxcompress.contract import Progress, Select, Silent
 from onnxcompress.data.source import open_data
 from onnxcompress.data.specs import input_specs
-from onnxcompress.errors import DataError, MetricError, PassError
+from onnxcompress.errors import DataError, MetricError, PassError, SaveError
 from onnxcompress.model import bridge, provenance
 from onnxcompress.model.load import load, source_of
 from onnxcompress.model.save import save
 from onnxcompress.proof import Prover
-from onnxcompress.resume import workplace
+from onnxcompress.resume import Workplace
 from onnxcompress.runtime.session import open_session
+from onnxcompress.training.checkpoint import FILE
 from onnxcompress.training.distill import Conditions, Evaluation, Settings, Trained, distill, write
 from onnxcompress.training.loop import Epoch
 from onnxcompress.training.targets import Objective
@@ -86,11 +89,11 @@ def train(
     objective = Objective(loss, temperature, alpha, not literal)
     identity = {"student": _digest(model), "teacher": _digest(original), "data": source.digest(), "metric": str(metric)}
     target = pathlib.Path(out)
-    with workplace(target, identity, resume=resume) as place:
+    with _work(target, resume) as work:
         conditions = Conditions(
             provider=provider,
             threads=threads,
-            work=place.folder,
+            work=work,
             resume=resume,
             progress=progress or Silent(),
             on_epoch=lambda epoch: say(_told(epoch, epochs)),
@@ -107,7 +110,7 @@ def train(
             conditions=conditions,
         )
         trained = bridge.clone(model)
-        errors = write(trained, done.parameters, place.folder)
+        errors = write(trained, done.parameters, work)
         _prove(model, trained, source)
         text = f"distill {sorted(done.losses.items())} {settings}" if original else f"train {settings}"
         found = provenance.Provenance(
@@ -122,6 +125,35 @@ def train(
     say(_summary(done))
     say(f"{saved.path}: saved, {saved.bytes:,} bytes")
     return _report(done, errors)
+
+
+@contextlib.contextmanager
+def _work(out: pathlib.Path, resume: bool) -> Iterator[pathlib.Path]:
+    """The work folder beside `out`; after a failure it stays as long as it holds a checkpoint.
+
+    Raises:
+        SaveError: the folder cannot be made, or the output could never be written.
+    """
+    if out.is_dir():
+        raise SaveError(f"{out}: is a folder; name a file in it")
+    if not out.parent.is_dir():
+        raise SaveError(f"{out}: the folder {out.parent} does not exist; create it")
+    folder = Workplace.folder_for(out)
+    if not resume:
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise SaveError(f"{out.parent}: cannot be written: {error.strerror or error}") from error
+    for stale in folder.glob("*.spill"):
+        stale.unlink(missing_ok=True)
+    try:
+        yield folder
+    except BaseException:
+        if not (folder / FILE).is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check(temperature: float | None, alpha: float | None, lr: float | None, evaluate: Any, metric: Any) -> None:

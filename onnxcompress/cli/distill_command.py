@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import sys
 from typing import Any
 
 import click
@@ -77,6 +78,10 @@ def command(
             say=report.say,
             **options,
         )
+    except KeyboardInterrupt:
+        shown.done()
+        click.echo("interrupted, nothing was written; the same command with --resume goes on", err=True)
+        sys.exit(130)
     finally:
         shown.done()
     report.write(done)

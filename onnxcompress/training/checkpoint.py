@@ -15,7 +15,7 @@ from onnxcompress.errors import SaveError
 from onnxcompress.model import durable
 
 _HEADER = "header"
-_FILE = "training.npz"
+FILE = "training.npz"
 
 
 @dataclasses.dataclass
@@ -40,7 +40,7 @@ class Checkpoints:
     @property
     def path(self) -> pathlib.Path | None:
         """Where it lies."""
-        return None if self._folder is None else self._folder / _FILE
+        return None if self._folder is None else self._folder / FILE
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Replace what was kept.

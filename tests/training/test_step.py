@@ -138,9 +138,9 @@ def encodings() -> dict[str, Encoding]:
         "sparse": Sparse.pack(w * mask),
         "codebook": Codebook(codes, table),
         "codebook per channel": Codebook(codes, rows, 0),
-        "affine": Affine(q, np.float32(0.01)),
+        "affine": Affine(q, np.array(0.01, np.float32)),
         "affine per channel": Affine(q, scale, np.zeros(200, np.int8), 1),
-        "affine folded": Affine(unsigned, np.float32(0.01), np.uint8(128), form="folded"),
+        "affine folded": Affine(unsigned, np.array(0.01, np.float32), np.array(128, np.uint8), form="folded"),
     }
 
 
