@@ -16,7 +16,7 @@ from onnxcompress.encodings import functions
 from onnxcompress.errors import DataError, OnnxCompressError, PassError
 from onnxcompress.lift import lift
 from onnxcompress.model import bridge
-from onnxcompress.model.sizes import saved_bytes
+from onnxcompress.model.sizes import marked_bytes, saved_bytes
 from onnxcompress.model.weights import weights
 from onnxcompress.proof import Prover
 from onnxcompress.recipe import Recipe, Step, parameters
@@ -145,7 +145,7 @@ def _one(model: ir.Model, step: Step, run_of: Run, prover: Prover, score: float 
         functions.refresh(model)
         check_coverage(step.run, before, report.coverage)
         report.bytes_after = saved_bytes(model)
-        if report.bytes_after > size:
+        if report.bytes_after > size + marked_bytes(model):
             raise _Grew(f"would make the file larger ({size:,} -> {report.bytes_after:,} bytes)")
         if report.coverage.changed and not prover.large:
             report.proof = prover.prove(model)

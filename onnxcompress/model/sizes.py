@@ -57,6 +57,14 @@ def saved_bytes(model: ir.Model) -> int:
     return graph + held - overhead
 
 
+def marked_bytes(model: ir.Model) -> int:
+    """Bytes of this project's own metadata on tensors (a mask its zeros do not show), of which at most 2 KiB count."""
+    found = {id(slot.tensor): slot.tensor for slot in bridge.slots(model)}
+    entries = [(k, v) for tensor in found.values() for k, v in tensor.metadata_props.items() if k.startswith(PREFIX)]
+    # An entry of a message is two strings with a tag and a length each, and a tag and a length around them.
+    return min(sum(len(k.encode()) + len(v.encode()) + 8 for k, v in entries), DEFAULT.provenance_bytes)
+
+
 def model_bytes(path: str | os.PathLike[str]) -> int:
     """Bytes of a model file and of the external data files it names.
 

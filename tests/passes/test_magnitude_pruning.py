@@ -347,3 +347,16 @@ def test_weights_in_both_branches_of_an_if_are_pruned(tmp_path: pathlib.Path) ->
     done = oc.compress(bundled("digits_gru"), MagnitudePruning(sparsity=0.5, scope="layer"))
     touched = {t.key for t in done.steps[0].coverage.touched}
     assert touched >= {"logits/then/whole.0.weight", "logits/else/part.0.weight", "both.R", "forth.W"}
+
+
+def test_a_mask_that_zeros_do_not_show_is_written_down_and_its_bytes_are_no_growth(tmp_path: pathlib.Path) -> None:
+    """Below 1 % zeros a mark on the tensor says that they are structure; the pass is not undone for its few bytes."""
+    source = tmp_path / "m.onnx"
+    source.write_bytes(two_layers().SerializeToString())
+    done = oc.compress(source, MagnitudePruning(sparsity=0.006), out=tmp_path / "o.onnx")
+    assert done.steps[0].skipped is None
+    held = {w.key: w for w in oc.weights(oc.load(tmp_path / "o.onnx"))}
+    pruned = [held[t.key] for t in done.steps[0].coverage.touched]
+    assert pruned
+    assert {w.encoding.kind for w in pruned} == {"masked"}
+    assert 0 < sum(int((w.array() == 0).sum()) for w in pruned) < 0.01 * sum(w.size for w in pruned)
