@@ -441,7 +441,8 @@ def test_python_m_onnxcompress(here: pathlib.Path) -> None:
 
 
 SLOW = """
-import os, sys, time
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell starts with it ignored
 sys.path.insert(0, sys.argv.pop(1))
 from onnxcompress import pipeline, registry
 from tests.house import Scale, Wait
