@@ -23,6 +23,7 @@ from onnxcompress.resume import Workplace
 from onnxcompress.runtime.session import open_session
 from onnxcompress.training.checkpoint import FILE
 from onnxcompress.training.distill import Conditions, Evaluation, Settings, Trained, distill, write
+from onnxcompress.training.initial import randomize
 from onnxcompress.training.loop import Epoch
 from onnxcompress.training.targets import Objective
 from onnxcompress.validation.metrics import metric_named
@@ -56,13 +57,15 @@ def train(
     threads: int = 1,
     seed: int | None = None,
     resume: bool = False,
+    init: str = "keep",
     select: Select | None = None,
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Train the model at `student` and save it at `out`; returns the report. `reading`: an `api.DataOptions`.
 
-    The arguments are those of `distill.Settings` and `targets.Objective`; `literal` leaves out the factor T^2.
+    The arguments are those of `distill.Settings` and `targets.Objective`; `literal` leaves out the factor T^2;
+    `init` "random" draws the weights anew first (`initial.randomize`).
 
     Raises:
         OnnxCompressError: one line; nothing is written.
@@ -88,6 +91,9 @@ def train(
     )
     objective = Objective(loss, temperature, alpha, not literal)
     identity = {"student": _digest(model), "teacher": _digest(original), "data": source.digest(), "metric": str(metric)}
+    identity["init"] = init
+    if init == "random":
+        randomize(model, settings.seed)
     target = pathlib.Path(out)
     with _work(target, resume) as work:
         conditions = Conditions(

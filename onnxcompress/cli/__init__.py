@@ -16,6 +16,7 @@ COMMANDS = {
     "quantize": "8-bit integers for weights and activations",
     "share": "a small codebook and packed codes for every weight",
     "distill": "heal a compressed model: train it to give the original's outputs",
+    "train": "train a model on labels, from where it stands or from scratch",
     "validate": "compare a compressed model with its original",
     "inspect": "what a model is, where its bytes are, what each pass could touch",
     "passes": "every installed pass, its parameters and defaults",

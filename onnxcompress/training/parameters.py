@@ -148,7 +148,7 @@ def expose(model: ir.Model, allows: Callable[[Weight], bool] = lambda weight: Tr
     """Replace every trainable weight of `model`, in place, by its training form. `allows`: the user's selection."""
     exposed = Exposed()
     found = weights(model)
-    behind = _behind_weights(model, found)
+    behind = behind_weights(model, found)
     for weight in found:
         reason = refusal(weight, behind) if allows(weight) else "not selected"
         if reason:
@@ -196,7 +196,7 @@ def _scales(weight: Weight, array: np.ndarray, behind: set[int]) -> bool:
     return vector and bool(np.abs(array).max() < _MASK_LIKE) and any(id(use.node) in behind for use in weight.uses)
 
 
-def _behind_weights(model: ir.Model, found: Sequence[Weight]) -> set[int]:
+def behind_weights(model: ir.Model, found: Sequence[Weight]) -> set[int]:
     """ids of the main graph's nodes with an input that comes from a layer with weights."""
     reached: set[int] = set()
     behind: set[int] = set()
