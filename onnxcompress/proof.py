@@ -29,7 +29,8 @@ from onnxcompress.validation.agreement import Agreement, OutputAgreement
 LATENCY_SECONDS = 0.5
 # A model larger than this is run from files: to optimize it and its original at once takes six to eight times its size.
 MAPPED_BYTES = 512 << 20
-_NO_ARRAY = "No corresponding Numpy type"  # ONNX Runtime 1.32 of an output in bfloat16, float8 or 4 bits
+# ONNX Runtime 1.32 of an output or an input in bfloat16, float8, or 4 or 2 bits, which numpy has no type for.
+_NO_ARRAY = ("No corresponding Numpy type", "be converted to MLDataType")
 MOST_EXPANSION = 32  # a float32 weight stored in 1 bit an element
 
 
@@ -177,10 +178,8 @@ def _first_call(
             return dict(made), session.run(_known(session, made))
         except (DataError, ModelError) as error:
             refused = refused or error
-            if _NO_ARRAY in str(error):  # no data would change that
-                break
-    if refused is not None and _NO_ARRAY in str(refused):
-        raise refused
+            if any(words in str(error) for words in _NO_ARRAY):  # no data would change that
+                raise
     raise DataError(f"made-up inputs do not fit this model, give --calibration DATA; first refusal: {refused}")
 
 
