@@ -1,0 +1,82 @@
+"""Teacher, student and data brought together: whether they fit, and what each output is trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcompress.data.batch import Data
+from onnxcompress.data.specs import input_specs
+from onnxcompress.errors import DataError, ModelError
+from onnxcompress.training import causal, targets
+from onnxcompress.training.heads import Head
+from onnxcompress.training.samples import Samples
+from onnxcompress.training.targets import Objective, Target
+from onnxcompress.training.teacher import Teacher
+
+PROBED = 32  # samples from which the losses and the temperature are chosen
+
+
+def matched(
+    pairs: Sequence[tuple[Head, Head]],
+    student: ir.Model,
+    guide: Teacher,
+    all_samples: Samples,
+    objective: Objective,
+    size: int | None,
+    *,
+    soft: bool,
+) -> list[Target]:
+    """What each output is trained on, from what the teacher gives for a few samples."""
+    count = size or PROBED
+    looks = [np.arange(at, at + count) % all_samples.count for at in range(0, PROBED, count)]
+    calls = [
+        {name: np.asarray(a[look]) for name, a in all_samples.feeds.items()} | all_samples.constants for look in looks
+    ]
+    seen = [guide.logits(feeds) for feeds in calls]
+    found = {s.output: np.concatenate([each[t.output] for each in seen]) for s, t in pairs}
+    shapes = {name: array.shape for name, array in found.items()}
+    _check_shapes(pairs, shapes, student)
+    tokens = None
+    if all_samples.labels is None and objective.loss in ("auto", "classes"):
+        outputs = {s.output: t.output for s, t in pairs}
+        tokens = causal.next_tokens(guide.logits, calls[0], all_samples, shapes, outputs)
+    return targets.choose(pairs, found, all_samples, objective, soft=soft, next_tokens=tokens)
+
+
+def _check_shapes(pairs: Sequence[tuple[Head, Head]], shapes: Mapping[str, tuple[int, ...]], student: ir.Model) -> None:
+    declared = {value.name: value.shape for value in student.graph.outputs}
+    for head, theirs in pairs:
+        mine, given = declared.get(head.output), shapes[head.output]
+        if mine is None or (head.kind != "values" and len(mine) != len(given)):
+            continue
+        fixed = [(a, b) for a, b in list(zip(mine, given, strict=False))[1:] if isinstance(a, int) and a > 0]
+        if len(mine) != len(given) or any(a != b for a, b in fixed):
+            raise ModelError(
+                f"the student's output {head.output!r} is [{', '.join(str(d) for d in mine)}], "
+                f"the teacher's {theirs.output!r} is {list(given)}: they do not fit"
+            )
+
+
+def check_inputs(original: ir.Model, data: Data) -> None:
+    """The teacher runs on the student's feeds."""
+    known = {spec.name for spec in data.specs}
+    for spec in input_specs(original):
+        if spec.name not in known:
+            raise ModelError(
+                f"the teacher wants an input {spec.name!r} that the student does not have "
+                f"({', '.join(sorted(known))}): they do not fit"
+            )
+
+
+def fixed_batch(model: ir.Model | None) -> int | None:
+    """The fixed first axis of a model's inputs, None where it is free."""
+    if model is None:
+        return None
+    firsts = [spec.shape[0] for spec in input_specs(model) if spec.shape]
+    sizes = {dim for dim in firsts if isinstance(dim, int)}
+    if len(sizes) > 1:
+        raise DataError("inputs with different fixed first axes cannot be trained in batches")
+    return next(iter(sizes), None)

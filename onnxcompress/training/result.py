@@ -1,0 +1,62 @@
+"""What a training gives: parameters to put back into the model, and what was learned in words."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcompress.errors import PassError
+from onnxcompress.model.weights import weights
+from onnxcompress.numerics.error import relative_rms
+from onnxcompress.training.loop import Epoch
+from onnxcompress.training.targets import Objective, Target
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What was learned.
+
+    `parameters`: weight key -> part of its encoding -> array. `left`: weights that were not trained, with the reason.
+    `losses`: what each output was trained on, in words.
+    """
+
+    parameters: dict[str, dict[str, np.ndarray]]
+    epochs: list[Epoch]
+    left: dict[str, str]
+    losses: dict[str, str]
+    steps: int
+
+
+def write(
+    model: ir.Model, trained: Mapping[str, Mapping[str, np.ndarray]], work: pathlib.Path | None = None
+) -> dict[str, float]:
+    """Put trained parameters into the encodings of `model`'s weights, in place; the relative change of each weight."""
+    errors = {}
+    found = {weight.key: weight for weight in weights(model, work)}
+    for key, parts in trained.items():
+        if key not in found:
+            raise PassError(f"the weight {key!r} was lost in training (a bug)")
+        weight = found[key]
+        before = weight.array()
+        new = weight.encoding.updated(parts)
+        errors[key] = relative_rms(before, new.decode())
+        weight.replace(new)
+    return errors
+
+
+def told(target: Target, objective: Objective) -> str:
+    """One target in words."""
+    parts = []
+    if target.labels is not None:
+        alpha = objective.share if target.soft else 1.0
+        names = {"classes": "cross-entropy", "binary": "binary cross-entropy", "values": "squared error"}
+        parts.append(f"{alpha:g} x {names.get(target.kind, target.kind)}")
+    if target.soft:
+        share = f"{1 - objective.share:g} x " if parts else ""
+        soft = target.kind in ("classes", "binary")
+        parts.append(f"{share}{f'soft targets at T = {target.temperature:.4g}' if soft else target.kind}")
+    return " + ".join(parts)

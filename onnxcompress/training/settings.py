@@ -1,0 +1,86 @@
+"""How to train, what to keep the best epoch by, and where it runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import onnx_ir as ir
+
+from onnxcompress.contract import Progress, Select, Silent
+from onnxcompress.model import provenance
+from onnxcompress.training.loop import Epoch
+from onnxcompress.training.schedules import Kind
+from onnxcompress.training.targets import Objective
+
+RATES = {"adamw": 1e-3, "sgd": 1e-2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How to train. The defaults heal a compressed model without tuning.
+
+    `batch`: samples an update. `lr`: peak learning rate; None is 1e-3 for AdamW, 1e-2 for SGD. `clip`: the norm
+    gradients are clipped to, None for not at all. `relative`: AdamW's steps are in proportion to each weight's
+    magnitude, so that one learning rate serves every model; False gives textbook AdamW.
+    `outputs`: names of the student's outputs to learn, empty for all. `patience`: see `loop.Plan`.
+    """
+
+    epochs: int = 3
+    batch: int = 32
+    lr: float | None = None
+    optimizer: str = "adamw"
+    weight_decay: float | None = None
+    momentum: float = 0.9
+    schedule: Kind = "cosine"
+    warmup: float = 0.05
+    clip: float | None = 1.0
+    relative: bool = True
+    seed: int = 0
+    outputs: tuple[str, ...] = ()
+    patience: int | None = None
+    select: Select = dataclasses.field(default_factory=Select)
+
+    @property
+    def peak(self) -> float:
+        """The learning rate that is used."""
+        return RATES[self.optimizer] if self.lr is None else self.lr
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """A score to keep the best epoch by. `patience` of the settings counts epochs without a better one."""
+
+    score: Callable[[ir.Model], float]
+    higher_is_better: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Conditions:
+    """Where and how a training runs; nothing of it but `provider` and `threads` may change the result.
+
+    `work`: folder for checkpoints and large arrays; None keeps no checkpoint.
+    """
+
+    provider: str = "cpu"
+    threads: int = 1
+    work: pathlib.Path | None = None
+    resume: bool = False
+    progress: Progress = dataclasses.field(default_factory=Silent)
+    on_epoch: Callable[[Epoch], None] | None = None
+    identity: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def identity(settings: Settings, objective: Objective, rest: Mapping[str, Any]) -> str:
+    """What a checkpoint must have been made with, to go on from it."""
+    what = {
+        "settings": dataclasses.asdict(settings),
+        "objective": dataclasses.asdict(objective),
+        "versions": provenance.versions(),
+        **rest,
+    }
+    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
