@@ -88,6 +88,12 @@ class Bound:
         for name, array in state.items():
             self.values[name].update_inplace(np.ascontiguousarray(array))
 
+    def set_constants(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Change inputs that no step changes."""
+        for name, array in arrays.items():
+            if name in self._constants:
+                self._constants[name].update_inplace(np.ascontiguousarray(array))
+
     def close(self) -> None:
         """Release the session."""
         self._bindings = []
@@ -111,12 +117,14 @@ class Runner:
 
     def __init__(self, graph: TrainingGraph, *, provider: str = "cpu", threads: int = 1) -> None:
         self._graph = graph
+        self._before: dict[str, np.ndarray] = {}  # running statistics at the begin of a step of several calls
         state = {**{leaf.name: leaf.initial for leaf in graph.leaves}, **graph.state}
         if graph.update is None:
+            state |= graph.running
             self._step = Bound(graph.model, state, graph.buffers, [LOSS, NORM], provider, threads)
             self._sum: Bound | None = None
         else:
-            self._sum = Bound(graph.model, graph.sums, graph.buffers, [LOSS], provider, threads)
+            self._sum = Bound(graph.model, graph.sums | graph.running, graph.buffers, [LOSS], provider, threads)
             self._step = Bound(graph.update, state, {}, [NORM], provider, threads)
 
     def step(self, calls: Sequence[Mapping[str, np.ndarray]], lr: float, t: int) -> tuple[float, float]:
@@ -126,6 +134,7 @@ class Runner:
             (feeds,) = calls
             found = self._step.run({**feeds, **scalars})
             return float(found[LOSS]), float(found[NORM])
+        self._before = self._running()
         self._sum.write(self._graph.sums)
         share, loss = np.array(1.0 / len(calls), np.float32), 0.0
         parameters = {leaf.name: self._step.values[leaf.name] for leaf in self._graph.leaves}
@@ -134,17 +143,38 @@ class Runner:
         found = self._step.run(scalars, self._sum.values)
         return loss, float(found[NORM])
 
+    @property
+    def values(self) -> dict[str, Any]:
+        """Parameters and running statistics as they stand, on the device."""
+        found = self._step.values if self._sum is None else {**self._step.values, **self._sum.values}
+        return {name: found[name] for name in (*(leaf.name for leaf in self._graph.leaves), *self._graph.running)}
+
     def read(self) -> dict[str, np.ndarray]:
-        """Parameters and optimizer state by input name."""
-        return self._step.read()
+        """Parameters, optimizer state and running statistics by input name."""
+        return {**self._step.read(), **self._running()}
 
     def previous(self) -> dict[str, np.ndarray]:
         """The same as it was before the last step."""
-        return self._step.previous()
+        return {**self._step.previous(), **self._before}
 
     def write(self, state: Mapping[str, np.ndarray]) -> None:
         """Go on from a state that `read` gave."""
-        self._step.write(state)
+        apart = self._graph.running if self._sum is not None else {}
+        self._step.write({name: array for name, array in state.items() if name not in apart})
+        if self._sum is not None:
+            self._sum.write({name: array for name, array in state.items() if name in apart})
+
+    def set_buffers(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Change buffers (masks), which stay in a step: a schedule needs no new session."""
+        for bound in (self._step, self._sum):
+            if bound is not None:
+                bound.set_constants(arrays)
+
+    def _running(self) -> dict[str, np.ndarray]:
+        """Running statistics that are kept apart from the parameters."""
+        if self._sum is None:
+            return {}
+        return {name: np.array(self._sum.values[name].numpy()) for name in self._graph.running}
 
     def close(self) -> None:
         """Release the sessions."""

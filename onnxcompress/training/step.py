@@ -55,6 +55,7 @@ class TrainingGraph:
     `model`: the whole step; or, with `update`, only what adds a share of the gradient to sums (`gradient/...`), and
     `update` is the optimizer's step from those sums. `leaves`: the parameters as graph inputs. `state`: the optimizer's
     inputs with what they start from. `buffers`: inputs that stay. `left`: weights that are not trained and why.
+    `running`: state that the forward pass itself moves (statistics of normalizations), with what it starts from.
     """
 
     model: ir.Model
@@ -63,6 +64,7 @@ class TrainingGraph:
     state: dict[str, np.ndarray]
     buffers: dict[str, np.ndarray]
     left: dict[str, str]
+    running: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
     def sums(self) -> dict[str, np.ndarray]:
