@@ -136,6 +136,11 @@ def compress(
         feeds=feeds,
         sample=feeds or (evaluation.feeds() if evaluation is not None else None),
         evaluate=scorer,
+        reading={
+            "labels": data_options.labels,
+            "mapping": data_options.mapping,
+            "preprocess": data_options.preprocess,
+        },
         progress=progress or Silent(),
         on_step=on_step,
     )

@@ -170,7 +170,19 @@ class Feeder(Protocol):
 
 @dataclasses.dataclass
 class Run:
-    """All a pass may use of the world. Nothing a pass writes into a model may depend on `work`, `threads` or time."""
+    """All a pass may use of the world. Nothing a pass writes into a model may depend on `work`, `threads` or time.
+
+    `original`: the model as the recipe was given it, before any pass: a teacher, or what to compare with. All passes
+    share it, so none may change it; its tensors are the caller's, and lie on disk where they did before. None only
+    where a pass is applied outside a pipeline.
+
+    `state`: a folder of this one pass for work that takes long and can go on from its middle. What a pass finds there
+    it has left itself, in an interrupted run of the very same work: same model, recipe up to and with this pass, data,
+    seed and versions. It is gone when the pass is done. None where nothing is kept.
+
+    `reading`: how data is read (`labels`, `mapping`, `preprocess`, as `data.source.open_data` takes them), for a pass
+    that opens some of its own.
+    """
 
     work: pathlib.Path
     target: str = "cpu"
@@ -180,6 +192,9 @@ class Run:
     progress: Progress = dataclasses.field(default_factory=Silent)
     feeds: Feeder | None = None
     evaluate: Callable[[ir.Model], float] | None = None
+    original: ir.Model | None = None
+    state: pathlib.Path | None = None
+    reading: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def generator(self, name: str) -> np.random.Generator:
         """A random generator that depends on the seed and `name` alone."""
@@ -226,6 +241,16 @@ class Pass:
         """
         return None
 
+    def lacks(self, run: Run) -> str:
+        """What this pass needs and `run` does not give it, "" for nothing; asked of every pass before the first runs.
+
+        Raises:
+            OnnxCompressError: a file that its parameters name cannot be used.
+        """
+        if self.needs.calibration and run.feeds is None:
+            return "measures activations and needs data: --calibration DATA"
+        return ""
+
     def apply(self, model: ir.Model, run: Run) -> Coverage:
         """Change `model` in place.
 
@@ -265,5 +290,9 @@ def check_bounds(field: dataclasses.Field[Any], value: Any, where: str) -> None:
 
 
 def parameter(default: Any, doc: str, **bounds: Any) -> Any:
-    """A field of a pass with its documentation and bounds (`ge`, `gt`, `le`, `lt`, `choices`)."""
+    """A field of a pass with its documentation and bounds (`ge`, `gt`, `le`, `lt`, `choices`).
+
+    `file=True`: the value names a file or folder the pass reads. What it holds, not where it lies, then counts: for
+    `--resume`, and for what the result says it was made with.
+    """
     return dataclasses.field(default=default, metadata={"doc": doc, **bounds})

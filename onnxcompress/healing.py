@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pathlib
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import onnx_ir as ir
 
-from onnxcompress.contract import Progress, Select, Silent
+from onnxcompress.api import DataOptions
+from onnxcompress.contract import Progress, Silent
 from onnxcompress.data.source import open_data
 from onnxcompress.data.specs import input_specs
-from onnxcompress.errors import DataError, MetricError, PassError, SaveError
+from onnxcompress.errors import DataError, MetricError, PassError
 from onnxcompress.model import bridge, provenance
 from onnxcompress.model.load import load, source_of
 from onnxcompress.model.save import save
 from onnxcompress.proof import Prover
-from onnxcompress.resume import Workplace
+from onnxcompress.resume import workplace
 from onnxcompress.runtime.session import open_session
-from onnxcompress.training.checkpoint import FILE
 from onnxcompress.training.distill import Conditions, Evaluation, Settings, Trained, distill, write
 from onnxcompress.training.initial import randomize
 from onnxcompress.training.loop import Epoch
@@ -37,72 +35,48 @@ def train(
     out: Path,
     *,
     data: Any,
-    reading: Any,
-    epochs: int = 3,
-    batch: int = 32,
-    lr: float | None = None,
-    optimizer: str = "adamw",
-    schedule: Any = "cosine",
-    temperature: float | None = None,
-    alpha: float | None = None,
-    loss: Any = "auto",
-    literal: bool = False,
-    outputs: tuple[str, ...] = (),
-    clip: float = 1.0,
-    weight_decay: float | None = None,
+    reading: DataOptions | None = None,
+    settings: Settings | None = None,
+    objective: Objective | None = None,
     evaluate: Any = None,
     metric: Any = None,
-    patience: int | None = None,
     provider: str = "cpu",
     threads: int = 1,
-    seed: int | None = None,
     resume: bool = False,
     init: str = "keep",
-    select: Select | None = None,
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Train the model at `student` and save it at `out`; returns the report. `reading`: an `api.DataOptions`.
+    """Train the model at `student` and save it at `out`; returns the report.
 
-    The arguments are those of `distill.Settings` and `targets.Objective`; `literal` leaves out the factor T^2;
-    `init` "random" draws the weights anew first (`initial.randomize`).
+    `init` "random" draws the weights anew first (`initial.randomize`); without `settings`, BatchNormalization is then
+    trained, too. `evaluate`, `metric`: what the best epoch is kept by.
 
     Raises:
         OnnxCompressError: one line; nothing is written.
     """
-    _check(temperature, alpha, lr, evaluate, metric)
+    reading, objective = reading or DataOptions(), objective or Objective()
+    settings = settings or Settings(batch_norm="trained" if init == "random" else "frozen")
+    _check(objective, settings, evaluate, metric)
     model = load(student)
     original = load(teacher) if teacher is not None else None
     specs = input_specs(model)
     options: dict[str, Any] = {"mapping": reading.mapping, "preprocess": reading.preprocess, "labels": reading.labels}
-    source = open_data(data, specs, **options, batch=batch, limit=reading.limit, trim=False, last="fill")
-    settings = Settings(
-        epochs=epochs,
-        batch=batch,
-        lr=lr,
-        optimizer=optimizer,
-        weight_decay=weight_decay,
-        schedule=schedule,
-        clip=clip or None,
-        seed=seed or 0,
-        outputs=outputs,
-        patience=patience,
-        select=select or Select(),
-    )
-    objective = Objective(loss, temperature, alpha, not literal)
+    source = open_data(data, specs, **options, batch=settings.batch, limit=reading.limit, trim=False, last="fill")
     identity = {"student": _digest(model), "teacher": _digest(original), "data": source.digest(), "metric": str(metric)}
     identity["init"] = init
     if init == "random":
         randomize(model, settings.seed)
     target = pathlib.Path(out)
-    with _work(target, resume) as work:
+    with workplace(target, identity, resume=resume) as place:
+        work = place.state("training") or place.folder
         conditions = Conditions(
             provider=provider,
             threads=threads,
             work=work,
             resume=resume,
             progress=progress or Silent(),
-            on_epoch=lambda epoch: say(_told(epoch, epochs)),
+            on_epoch=lambda epoch: say(_told(epoch, settings.epochs)),
             identity=identity,
         )
         evaluation = _evaluation(model, evaluate, metric, options, threads) if evaluate is not None else None
@@ -133,42 +107,14 @@ def train(
     return _report(done, errors)
 
 
-@contextlib.contextmanager
-def _work(out: pathlib.Path, resume: bool) -> Iterator[pathlib.Path]:
-    """The work folder beside `out`; after a failure it stays as long as it holds a checkpoint.
-
-    Raises:
-        SaveError: the folder cannot be made, or the output could never be written.
-    """
-    if out.is_dir():
-        raise SaveError(f"{out}: is a folder; name a file in it")
-    if not out.parent.is_dir():
-        raise SaveError(f"{out}: the folder {out.parent} does not exist; create it")
-    folder = Workplace.folder_for(out)
-    if not resume:
-        shutil.rmtree(folder, ignore_errors=True)
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise SaveError(f"{out.parent}: cannot be written: {error.strerror or error}") from error
-    for stale in folder.glob("*.spill"):
-        stale.unlink(missing_ok=True)
-    try:
-        yield folder
-    except BaseException:
-        if not (folder / FILE).is_file():
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def _check(temperature: float | None, alpha: float | None, lr: float | None, evaluate: Any, metric: Any) -> None:
+def _check(objective: Objective, settings: Settings, evaluate: Any, metric: Any) -> None:
+    temperature, alpha, lr = objective.temperature, objective.alpha, settings.lr
     if temperature is not None and not temperature > 0:
-        raise PassError(f"--temperature: wanted a number above 0, got {temperature}")
+        raise PassError(f"temperature: wanted a number above 0, got {temperature}")
     if alpha is not None and not 0 <= alpha <= 1:
-        raise PassError(f"--alpha: wanted a share from 0 to 1, got {alpha}")
+        raise PassError(f"alpha: wanted a share from 0 to 1, got {alpha}")
     if lr is not None and not lr > 0:
-        raise PassError(f"--lr: wanted a number above 0, got {lr}")
+        raise PassError(f"lr: wanted a number above 0, got {lr}")
     if (evaluate is None) != (metric is None):
         raise MetricError("--eval and --metric go together: the data to evaluate on, and what to measure")
 

@@ -7,7 +7,8 @@ import pathlib
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import onnx_ir as ir
 
@@ -44,6 +45,7 @@ class Conditions:
     """Everything around a recipe: see `contract.Run` for what passes get to see of it.
 
     `sample`: where the one call comes from on which the model is compared after each pass; made up when None.
+    `reading`: how data is read, for passes that open some of their own.
     """
 
     target: str = "cpu"
@@ -52,6 +54,7 @@ class Conditions:
     prefer: str = "size"
     feeds: Feeder | None = None
     sample: Feeder | None = None
+    reading: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     evaluate: Callable[[ir.Model], float] | None = None
     score_before: float | None = None
     progress: Progress = dataclasses.field(default_factory=Silent)
@@ -70,7 +73,6 @@ def run(
         PassError: a pass failed and its step says `on_error: stop`; its message names the pass.
         OnnxCompressError: the model cannot be run at all, or calibration data is missing.
     """
-    _check_needs(recipe, conditions)
     run_of = Run(
         work=workplace.folder,
         target=conditions.target,
@@ -80,7 +82,10 @@ def run(
         progress=conditions.progress,
         feeds=conditions.feeds,
         evaluate=conditions.evaluate,
+        original=copy(model),
+        reading=conditions.reading,
     )
+    _check_needs(recipe, run_of)
     steps: list[StepReport] = []
     start = time.perf_counter()
     with Prover(model, conditions.sample or conditions.feeds, conditions.seed, workplace.folder) as prover:
@@ -90,6 +95,7 @@ def run(
                 _tell(conditions, step)
         for index in range(len(steps), len(recipe.steps)):
             last = index == len(recipe.steps) - 1
+            run_of.state = workplace.state_of(recipe, index)
             model, report = _one(model, recipe.steps[index], run_of, prover, _score(steps, conditions))
             if last and prover.large:
                 _prove_large(model, [*steps, report], prover, run_of)
@@ -100,10 +106,11 @@ def run(
     return Outcome(model, steps)
 
 
-def _check_needs(recipe: Recipe, conditions: Conditions) -> None:
+def _check_needs(recipe: Recipe, run_of: Run) -> None:
     for step in recipe.steps:
-        if step.run.needs.calibration and conditions.feeds is None:
-            raise DataError(f"{step.name} measures activations and needs data: --calibration DATA")
+        lacking = step.run.lacks(run_of)
+        if lacking:
+            raise DataError(f"{step.name} {lacking}")
 
 
 def _tell(conditions: Conditions, step: StepReport) -> None:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from onnxcompress import registry
 from onnxcompress.contract import Pass, Select, check_bounds
 from onnxcompress.errors import RecipeError
+from onnxcompress.model import durable
 
 VERSION = 1
 TARGETS = ("cpu", "cuda", "tensorrt", "portable")
@@ -36,8 +37,11 @@ class Step:
         return self.run.path if isinstance(self.run, registry.Foreign) else self.run.name
 
     def canonical(self) -> dict[str, Any]:
-        """The step as plain data: the same for the same work, whatever its source was written in."""
-        return {"pass": self.name, **parameters(self.run)}
+        """The step as plain data: the same for the same work, whatever its source was written in.
+
+        A file it reads stands there by its content.
+        """
+        return {"pass": self.name, **parameters(self.run), **_contents(self.run)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +99,12 @@ def built_in() -> dict[str, str]:
 def parameters(of: Pass) -> dict[str, Any]:
     """The parameters of a pass as plain data."""
     return {f.name: _plain(getattr(of, f.name)) for f in dataclasses.fields(of)}
+
+
+def _contents(of: Pass) -> dict[str, str]:
+    """The parameters of a pass that name files, each with the digest of what is there."""
+    named = {f.name: getattr(of, f.name) for f in dataclasses.fields(of) if f.metadata.get("file")}
+    return {name: durable.content_digest(pathlib.Path(value)) for name, value in named.items() if value}
 
 
 def _plain(value: Any) -> Any:

@@ -27,14 +27,16 @@ if TYPE_CHECKING:
     from onnxcompress.recipe import Recipe
 
 _MODEL, _STATE = "after.onnx", "after.json"
+_OWN = "state."  # what begins with it is a folder of one pass
+_PASSING = (".spill", ".tmp")  # files without meaning once the process that wrote them is gone
 
 
 class Workplace:
     """A folder `.<name of the output>.work` beside the output, or a temporary one.
 
-    It holds spilled tensors, and after a pass the model and what the passes so far reported. A kill leaves it;
-    `--resume` goes on from it if parent, recipe up to there, data, seed, target and versions are the same; any other
-    run clears it.
+    It holds spilled tensors, after a pass the model and what the passes so far reported, and what a long pass keeps of
+    its own (`state`). A kill leaves it; `--resume` goes on from it if parent, recipe up to there, data, seed, target
+    and versions are the same; any other run clears it.
     """
 
     def __init__(self, folder: pathlib.Path, identity: Mapping[str, Any], temporary: bool = False) -> None:
@@ -50,7 +52,30 @@ class Workplace:
     @property
     def resumable(self) -> bool:
         """True when there is something to resume from."""
-        return (self.folder / _STATE).is_file()
+        kept = (file for folder in self.folder.glob(f"{_OWN}*") for file in folder.iterdir())
+        return (self.folder / _STATE).is_file() or any(file.suffix not in _PASSING for file in kept)
+
+    def state_of(self, recipe: Recipe, index: int) -> pathlib.Path | None:
+        """The folder that step `index` may keep its own state in, as an interrupted run of the same work left it."""
+        return self.state(self._key(recipe, index + 1))
+
+    def state(self, key: str) -> pathlib.Path | None:
+        """The folder for state of the work that `key` stands for; that of any other work goes. None where none stays.
+
+        Raises:
+            SaveError: it cannot be made.
+        """
+        if self._temporary:
+            return None
+        own = self.folder / f"{_OWN}{key[:16]}"
+        for other in self.folder.glob(f"{_OWN}*"):
+            if other != own:
+                shutil.rmtree(other, ignore_errors=True)
+        try:
+            own.mkdir(exist_ok=True)
+        except OSError as error:
+            raise SaveError(f"{self.folder}: the work folder cannot be written: {error.strerror or error}") from error
+        return own
 
     def keep(self, model: ir.Model, recipe: Recipe, steps: list[StepReport]) -> None:
         """Store the model after the last of `steps`, replacing what was stored before.
@@ -131,7 +156,8 @@ def workplace(out: pathlib.Path | None, identity: Mapping[str, Any], *, resume: 
     with contextlib.ExitStack() as held:
         if out is not None:
             held.callback(os.close, _hold(place.folder, out))
-            for stale in place.folder.glob("*.spill" if resume else "*"):
+            found = list(place.folder.rglob("*") if resume else place.folder.iterdir())
+            for stale in (path for path in found if not resume or path.suffix in _PASSING):
                 if stale.is_dir() and not stale.is_symlink():
                     shutil.rmtree(stale, ignore_errors=True)
                 else:

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import onnx_ir as ir
 
-from onnxcompress.contract import Coverage, Needs, Pass, Run, parameter
+from onnxcompress.contract import Coverage, Run, parameter
 from onnxcompress.errors import PassError
-from onnxcompress.model.load import load, source_of
-from onnxcompress.passes.training.fit import fit
-from onnxcompress.training.distill import Settings
-from onnxcompress.training.optimizers import OPTIMIZERS
-from onnxcompress.training.targets import LOSSES, Objective
+from onnxcompress.model.load import load
+from onnxcompress.passes.training.training import Training
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Distill(Pass):
+class Distill(Training):
     """Train every weight against a teacher's outputs (Hinton, Vinyals, Dean, 2015).
 
     1. The teacher is the model the recipe started from, or the file `teacher` names.
@@ -28,36 +25,19 @@ class Distill(Pass):
     """
 
     name: ClassVar[str] = "distill"
-    needs: ClassVar[Needs] = Needs(gradients=True)
 
-    teacher: str = parameter("", "model to learn from; the recipe's input where none is given")
-    data: str = parameter("", "training data; the calibration data where none is given")
-    epochs: int = parameter(3, "passes over the data", ge=1)
-    batch: int = parameter(32, "samples an update", ge=1)
-    lr: float | None = parameter(None, "peak learning rate; 1e-3 for adamw, 1e-2 for sgd", gt=0)
-    optimizer: Literal["adamw", "sgd"] = parameter("adamw", "how weights are updated", choices=OPTIMIZERS)
+    teacher: str = parameter("", "model to learn from; the recipe's input where none is given", file=True)
     temperature: float | None = parameter(None, "of the soft targets; 4, or the spread of the logits", gt=0)
     alpha: float | None = parameter(None, "share of the labels' loss; 0.1", ge=0, le=1)
-    loss: Literal["auto", "classes", "binary", "values", "cosine"] = parameter(
-        "auto", "what the outputs are", choices=LOSSES
-    )
+    squared: bool = parameter(True, "multiply the soft targets' loss by T^2")
+
+    def lacks(self, run: Run) -> str:
+        if self.teacher:
+            load(self.teacher)
+        return super().lacks(run)
 
     def apply(self, model: ir.Model, run: Run) -> Coverage:
-        objective = Objective(self.loss, self.temperature, self.alpha)
-        settings = Settings(
-            epochs=self.epochs,
-            batch=self.batch,
-            lr=self.lr,
-            optimizer=self.optimizer,
-            seed=run.seed,
-            select=self.select,
-        )
-        return fit(self._teacher(model), model, run, self.data, objective, settings)
-
-    def _teacher(self, model: ir.Model) -> ir.Model:
-        if self.teacher:
-            return load(self.teacher)
-        source = source_of(model)
-        if source is None or source.path is None:
-            raise PassError("the model was not loaded from a file, so its original is not known: give `teacher: FILE`")
-        return load(source.path)
+        teacher = load(self.teacher) if self.teacher else run.original
+        if teacher is None:
+            raise PassError("the run does not know the model it started from: give `teacher: FILE`")
+        return self.fit(teacher, model, run)

@@ -17,7 +17,9 @@ import onnx
 import pytest
 
 from onnxcompress import __version__
-from onnxcompress.cli import COMMANDS, common
+from onnxcompress.cli import COMMANDS, report
+from onnxcompress.cli.progress import progress
+from onnxcompress.cli.report import plain, size
 from onnxcompress.contract import Silent
 from tests.builders import floats
 from tests.house import BUNDLED_QUICK, MODELS, ROOT, accuracy, bundled, command, split, two_layers
@@ -61,14 +63,14 @@ def test_each_command_on_each_bundled_model(
     verb, *rest = [str(split(name, "calib")) if a == "CALIB" else a for a in arguments]
     code, out, err = command(capsys, verb, bundled(name), "-o", "o.onnx", *rest, "--json", "r.json")
     assert (code, err) == (0, "")
-    size = bundled(name).stat().st_size
-    assert pathlib.Path("o.onnx").stat().st_size <= ratio * size + 2048
+    given = bundled(name).stat().st_size
+    assert pathlib.Path("o.onnx").stat().st_size <= ratio * given + 2048
     stated = json.loads((MODELS / name / "model.json").read_text())["score"]
     assert accuracy(name, here / "o.onnx") >= stated - drop - 0.0015
     report = json.loads((here / "r.json").read_text())
     check_report(report)
-    assert report["bytes_before"] == size
-    assert f"o.onnx: {common.size(size)} -> {common.size(report['bytes_after'])}" in out
+    assert report["bytes_before"] == given
+    assert f"o.onnx: {size(given)} -> {size(report['bytes_after'])}" in out
     assert names(here) == ["m.onnx", "o.onnx", "r.json"]
 
 
@@ -372,7 +374,7 @@ def test_a_disk_that_is_full_leaves_what_was_there(here: pathlib.Path) -> None:
 
 
 def test_a_report_is_replaced_whole_and_holds_no_nan(here: pathlib.Path, capsys: Capture) -> None:
-    assert common.plain({"a": [float("nan"), 1.5, (float("inf"),)], "b": None}) == {"a": [None, 1.5, [None]], "b": None}
+    assert plain({"a": [float("nan"), 1.5, (float("inf"),)], "b": None}) == {"a": [None, 1.5, [None]], "b": None}
     (here / "r.json").write_text("old")
     assert command(capsys, "share", "m.onnx", "-o", "o.onnx", "--json", "r.json")[0] == 0
     check_report(json.loads((here / "r.json").read_text()))
@@ -496,8 +498,8 @@ def test_ctrl_c_says_what_is_left_and_exits_130(recipe: str, hint: bool, here: p
 def test_progress_is_a_bar_on_a_terminal_lines_in_a_log_nothing_when_quiet(
     capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert isinstance(common.progress(True), Silent)
-    lines = common.progress(False)
+    assert isinstance(progress(True), Silent)
+    lines = progress(False)
     clock = iter([0.0, 5.0, 11.0, 12.0, 25.0])
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     lines.start("weight-sharing", 8)
@@ -510,7 +512,7 @@ def test_progress_is_a_bar_on_a_terminal_lines_in_a_log_nothing_when_quiet(
     )
     monkeypatch.undo()
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    bar = common.progress(False)
+    bar = progress(False)
     bar.done()  # before anything began
     bar.start("a", 2)
     bar.step()
@@ -528,7 +530,7 @@ def test_log_of_a_run_holds_no_control_characters(here: pathlib.Path) -> None:
 
 
 def test_sizes_for_people() -> None:
-    assert [common.size(n) for n in (0, 999, 1000, 717_713, 90_500_000, 3_000_000_000)] == [
+    assert [size(n) for n in (0, 999, 1000, 717_713, 90_500_000, 3_000_000_000)] == [
         "0 B",
         "999 B",
         "1 kB",

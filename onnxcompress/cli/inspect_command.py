@@ -7,16 +7,17 @@ from typing import Any
 
 import click
 
-from onnxcompress.cli import common
+from onnxcompress.cli import options
+from onnxcompress.cli.report import Report, size
 from onnxcompress.inspection import Inspection, Port, inspect
 
 
 @click.command("inspect")
-@click.argument("model", type=common.MODEL)
-@common.common_options
+@click.argument("model", type=options.MODEL)
+@options.common_options
 def command(model: pathlib.Path, json_file: pathlib.Path | None, quiet: bool, verbose: bool, **_: Any) -> int:
     """What MODEL is, where its bytes are, and what each pass could touch."""
-    report = common.Report(json_file, quiet, verbose)
+    report = Report(json_file, quiet, verbose)
     report.check(model)
     found = inspect(model)
     report.write(found.to_json())
@@ -28,26 +29,24 @@ def command(model: pathlib.Path, json_file: pathlib.Path | None, quiet: bool, ve
 def _lines(found: Inspection, verbose: bool) -> list[str]:
     opsets = ", ".join(f"{domain or 'ai.onnx'} {version}" for domain, version in found.opsets.items())
     macs = f", {found.macs / 1e6:,.1f} M multiply-adds a call" if found.macs else ""
-    lines = [
-        f"{common.size(found.bytes)}, IR {found.ir_version}, opset {opsets}, by {found.producer or 'unknown'}{macs}"
-    ]
+    lines = [f"{size(found.bytes)}, IR {found.ir_version}, opset {opsets}, by {found.producer or 'unknown'}{macs}"]
     lines += [f"input   {_port(port)}" for port in found.inputs] + [f"output  {_port(port)}" for port in found.outputs]
     operators = list(found.operators.items())
     told = ", ".join(f"{name} {count}" for name, count in (operators if verbose else operators[:12]))
     more = f" and {len(operators) - 12} more" if len(operators) > 12 and not verbose else ""
     lines.append(f"operators: {told}{more}")
     held = sum(row.bytes for row in found.weights)
-    rest = common.size(max(0, found.bytes - held))
-    lines.append(f"weights: {len(found.weights)}, {common.size(held)}; the other {rest} are graph and constants")
-    lines += [f"  {role:10s} {count:4d}  {common.size(size)}" for role, (count, size) in found.by_role().items()]
+    rest = size(max(0, found.bytes - held))
+    lines.append(f"weights: {len(found.weights)}, {size(held)}; the other {rest} are graph and constants")
+    lines += [f"  {role:10s} {count:4d}  {size(held)}" for role, (count, held) in found.by_role().items()]
     rows = sorted(found.weights, key=lambda row: -row.bytes)
     for row in rows if verbose else rows[:8]:
         shape = "x".join(map(str, row.shape))
-        lines.append(f"    {row.key}: {row.encoding} {row.dtype} {shape}, {common.size(row.bytes)}, into {row.op}")
+        lines.append(f"    {row.key}: {row.encoding} {row.dtype} {shape}, {size(row.bytes)}, into {row.op}")
     lines.append("what each pass could touch:")
     for name, reach in found.touchable.items():
         left = ", ".join(f"{reason} {count}" for reason, count in reach.left.items())
-        lines.append(f"  {name:22s} {reach.weights} weights, {common.size(reach.bytes)}; left: {left or 'none'}")
+        lines.append(f"  {name:22s} {reach.weights} weights, {size(reach.bytes)}; left: {left or 'none'}")
     if found.provenance:
         lines.append(f"made by onnxcompress from {found.provenance['parent'][:16]} with {found.provenance['recipe']}")
     return lines

@@ -10,17 +10,18 @@ from typing import Any
 import click
 
 from onnxcompress import registry
-from onnxcompress.cli import common
+from onnxcompress.cli import options
+from onnxcompress.cli.report import Report
 from onnxcompress.contract import Select
 from onnxcompress.errors import RecipeError
 from onnxcompress.recipe import built_in
 
 
 @click.command("passes")
-@common.common_options
+@options.common_options
 def command(json_file: pathlib.Path | None, quiet: bool, verbose: bool, **_: Any) -> int:
     """Every installed pass, its parameters and defaults, and the built-in recipes."""
-    report = common.Report(json_file, quiet, verbose)
+    report = Report(json_file, quiet, verbose)
     report.check()
     found = [_describe(name) for name in registry.names()]
     recipes = built_in()

@@ -8,13 +8,14 @@ from typing import Any
 import click
 
 from onnxcompress import registry
-from onnxcompress.cli import common
+from onnxcompress.cli import options, running
+from onnxcompress.cli.report import Report
 from onnxcompress.recipe import make_pass
 
 
 @click.command("prune")
-@click.argument("model", type=common.MODEL)
-@common.out_option
+@click.argument("model", type=options.MODEL)
+@options.out_option
 @click.option("--sparsity", type=float, default=0.5, show_default=True, help="share of the weights to set to zero")
 @click.option(
     "--scope",
@@ -30,8 +31,8 @@ from onnxcompress.recipe import make_pass
     show_default=True,
     help="dense with zeros, or a bit mask and the values left",
 )
-@common.select_options
-@common.common_options
+@options.select_options
+@options.common_options
 def command(
     model: pathlib.Path,
     out: pathlib.Path,
@@ -43,12 +44,12 @@ def command(
     json_file: pathlib.Path | None,
     quiet: bool,
     verbose: bool,
-    **options: Any,
+    **rest: Any,
 ) -> int:
     """Set the weights of least magnitude in MODEL to zero.
 
     The file becomes smaller with `--storage sparse`, or when it is packed; later passes and training keep the zeros.
     """
-    given = {"sparsity": sparsity, "scope": scope, "storage": storage, "select": common.select_of(include, exclude)}
+    given = {"sparsity": sparsity, "scope": scope, "storage": storage, "select": options.select_of(include, exclude)}
     chosen = make_pass(registry.load("magnitude-pruning"), given, "prune")
-    return common.single_pass(model, out, chosen, common.Report(json_file, quiet, verbose), **options)
+    return running.single_pass(model, out, chosen, Report(json_file, quiet, verbose), **rest)

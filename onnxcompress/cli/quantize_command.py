@@ -8,13 +8,14 @@ from typing import Any
 import click
 
 from onnxcompress import registry
-from onnxcompress.cli import common
+from onnxcompress.cli import options, running
+from onnxcompress.cli.report import Report
 from onnxcompress.recipe import make_pass
 
 
 @click.command("quantize")
-@click.argument("model", type=common.MODEL)
-@common.out_option
+@click.argument("model", type=options.MODEL)
+@options.out_option
 @click.option(
     "--mode",
     type=click.Choice(["dynamic", "static"]),
@@ -23,10 +24,10 @@ from onnxcompress.recipe import make_pass
 )
 @click.option("--calibration", metavar="DATA", help=".npz, folder, or file.py:function (static)")
 @click.option("--method", type=click.Choice(["minmax"]), help="how ranges are chosen (static)  [default: minmax]")
-@click.option("--target", type=common.TARGETS, help="where the model will run  [default: cpu]")
-@common.select_options
-@common.data_options
-@common.common_options
+@click.option("--target", type=options.TARGETS, help="where the model will run  [default: cpu]")
+@options.select_options
+@options.data_options
+@options.common_options
 def command(
     model: pathlib.Path,
     out: pathlib.Path,
@@ -43,17 +44,17 @@ def command(
     json_file: pathlib.Path | None,
     quiet: bool,
     verbose: bool,
-    **options: Any,
+    **rest: Any,
 ) -> int:
     """Store the weights of MODEL as 8-bit integers, and compute with integers where that is fast."""
     if mode == "static" and calibration is None:
         raise click.UsageError("--mode static measures activations and needs data: --calibration DATA")
     if method is not None and mode != "static":
         raise click.UsageError("--method belongs to --mode static")
-    given: dict[str, Any] = {"select": common.select_of(include, exclude)}
+    given: dict[str, Any] = {"select": options.select_of(include, exclude)}
     if method is not None:
         given["method"] = method
     chosen = make_pass(registry.load(f"{mode}-quantization"), given, "quantize")
-    data = common.reading(labels, mapping, preprocess, batch, limit)
-    report = common.Report(json_file, quiet, verbose)
-    return common.single_pass(model, out, chosen, report, calibration=calibration, data_options=data, **options)
+    data = options.reading(labels, mapping, preprocess, limit, batch)
+    report = Report(json_file, quiet, verbose)
+    return running.single_pass(model, out, chosen, report, calibration=calibration, data_options=data, **rest)

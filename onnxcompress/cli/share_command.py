@@ -8,13 +8,14 @@ from typing import Any
 import click
 
 from onnxcompress import registry
-from onnxcompress.cli import common
+from onnxcompress.cli import options, running
+from onnxcompress.cli.report import Report
 from onnxcompress.recipe import make_pass
 
 
 @click.command("share")
-@click.argument("model", type=common.MODEL)
-@common.out_option
+@click.argument("model", type=options.MODEL)
+@options.out_option
 @click.option("--bits", type=int, default=4, show_default=True, help="bits a weight: 1, 2, 4 or 8")
 @click.option("--clusters", type=int, help="values in a codebook, if fewer than 2^bits")
 @click.option(
@@ -24,8 +25,8 @@ from onnxcompress.recipe import make_pass
     show_default=True,
     help="one codebook a tensor, one an output channel, or as the error asks",
 )
-@common.select_options
-@common.common_options
+@options.select_options
+@options.common_options
 def command(
     model: pathlib.Path,
     out: pathlib.Path,
@@ -37,7 +38,7 @@ def command(
     json_file: pathlib.Path | None,
     quiet: bool,
     verbose: bool,
-    **options: Any,
+    **rest: Any,
 ) -> int:
     """Give every weight in MODEL a small codebook and packed codes.
 
@@ -46,6 +47,6 @@ def command(
     """
     given = {"bits": bits, "clusters": clusters, "granularity": granularity}
     chosen = make_pass(
-        registry.load("weight-sharing"), {**given, "select": common.select_of(include, exclude)}, "share"
+        registry.load("weight-sharing"), {**given, "select": options.select_of(include, exclude)}, "share"
     )
-    return common.single_pass(model, out, chosen, common.Report(json_file, quiet, verbose), **options)
+    return running.single_pass(model, out, chosen, Report(json_file, quiet, verbose), **rest)

@@ -7,15 +7,17 @@ from typing import Any
 
 import click
 
-from onnxcompress.cli import common
+from onnxcompress.cli import options, running
+from onnxcompress.cli.progress import progress
+from onnxcompress.cli.report import Report
 from onnxcompress.validation.validate import validate
 
 
 @click.command("validate")
-@click.argument("original", type=common.MODEL)
-@click.argument("compressed", type=common.MODEL)
+@click.argument("original", type=options.MODEL)
+@click.argument("compressed", type=options.MODEL)
 @click.option("--data", metavar="DATA", help=".npz, folder, or file.py:function; without it inputs are made up")
-@click.option("--metric", metavar="M", help="accuracy, f1, spearman, perplexity, ... or file.py:function")
+@options.metric_option
 @click.option("--output", metavar="NAME", help="the output the metric reads")
 @click.option("--max-drop", type=float, metavar="X", help="the budget: PASS only when the drop is shown to stay below")
 @click.option(
@@ -25,8 +27,8 @@ from onnxcompress.validation.validate import validate
     metavar="P",
     help="cpu, cuda, tensorrt, ...; may be repeated  [default: cpu]",
 )
-@common.data_options
-@common.common_options
+@options.data_options
+@options.common_options
 def command(
     original: pathlib.Path,
     compressed: pathlib.Path,
@@ -40,16 +42,16 @@ def command(
     quiet: bool,
     verbose: bool,
     seed: int | None,
-    **options: Any,
+    **rest: Any,
 ) -> int:
     """Compare COMPRESSED with ORIGINAL: outputs, metric with a bound on its drop, providers, latency, size.
 
     Exit status 0 for PASS; 1 for FAIL, INCONCLUSIVE, or a provider that did not run.
     """
-    report = common.Report(json_file, quiet, verbose)
+    report = Report(json_file, quiet, verbose)
     report.check(original, compressed)
-    common.keep_inputs(report, None, options["data"], preprocess)
-    data = common.reading(labels, mapping, preprocess, batch, limit)
+    running.keep_inputs(report, None, rest["data"], preprocess, models=[original, compressed])
+    data = options.reading(labels, mapping, preprocess, limit, batch)
     result = validate(
         original,
         compressed,
@@ -60,12 +62,9 @@ def command(
         preprocess=data.preprocess,
         batch=data.batch,
         limit=data.limit,
-        progress=common.progress(quiet),
-        **options,
+        progress=progress(quiet),
+        **rest,
     )
     report.write(result.to_json())
-    if not quiet:
-        import rich.console
-
-        result.to_table(rich.console.Console())
+    report.table(result)
     return 0 if result.passed else 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import pathlib
@@ -71,6 +72,26 @@ def file_digest(path: pathlib.Path) -> str:
         while piece := file.read(_CHUNK):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def content_digest(path: pathlib.Path) -> str:
+    """The sha256 of a file, or of a folder's files and their names; of `file.py:function`, of the file.
+
+    A path where nothing is counts by its name.
+    """
+    if not path.exists() and ":" in path.name:
+        path = path.with_name(path.name.rpartition(":")[0])
+    digest = hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+        found = file.stat() if file.is_file() else None
+        content = _digest_of(file, found.st_size, found.st_mtime_ns) if found is not None else str(file)
+        digest.update(f"{file.relative_to(path)}\0{content}\n".encode())
+    return digest.hexdigest()
+
+
+@functools.lru_cache(maxsize=256)
+def _digest_of(path: pathlib.Path, size: int, changed: int) -> str:
+    return file_digest(path)
 
 
 def is_stream(path: pathlib.Path) -> bool:

@@ -1,0 +1,96 @@
+"""What finetuning and distillation share: the parameters of a training, its data, and the account of every weight."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Any, ClassVar, Literal
+
+import onnx_ir as ir
+
+from onnxcompress.contract import Coverage, Left, Needs, Pass, Reason, Run, Touched, parameter
+from onnxcompress.data.batch import Data, FeedsOnly
+from onnxcompress.data.source import open_data
+from onnxcompress.data.specs import input_specs
+from onnxcompress.errors import DataError
+from onnxcompress.model.weights import weights
+from onnxcompress.training.distill import distill, write
+from onnxcompress.training.optimizers import OPTIMIZERS
+from onnxcompress.training.schedules import KINDS
+from onnxcompress.training.settings import Conditions
+from onnxcompress.training.targets import LOSSES
+from onnxcompress.training.words import chosen
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training(Pass):
+    """Parameters by the names that `training.settings.Settings` and `training.targets.Objective` have for them."""
+
+    needs: ClassVar[Needs] = Needs(gradients=True)
+
+    data: str = parameter("", "training data; the calibration data where none is given", file=True)
+    epochs: int = parameter(3, "passes over the data", ge=1)
+    batch: int = parameter(32, "samples an update", ge=1)
+    lr: float | None = parameter(None, "peak learning rate; 1e-3 for adamw, 1e-2 for sgd", gt=0)
+    optimizer: Literal["adamw", "sgd"] = parameter("adamw", "how weights are updated", choices=OPTIMIZERS)
+    momentum: float = parameter(0.9, "of sgd", ge=0, lt=1)
+    weight_decay: float | None = parameter(None, "of layers' weights; 0.01 for adamw, 0 for sgd", ge=0)
+    relative: bool = parameter(True, "adamw's steps in proportion to each weight's magnitude")
+    schedule: Literal["cosine", "linear", "step", "constant"] = parameter(
+        "cosine", "of the learning rate", choices=KINDS
+    )
+    warmup: float = parameter(0.05, "share of the steps in which the learning rate rises", ge=0, lt=1)
+    clip: float = parameter(1.0, "norm gradients are clipped to; 0 for none", ge=0)
+    loss: Literal["auto", "classes", "binary", "values", "cosine"] = parameter(
+        "auto", "what the outputs are", choices=LOSSES
+    )
+    smoothing: float = parameter(0.0, "share of a label that goes to all classes alike", ge=0, lt=1)
+    outputs: tuple[str, ...] = parameter((), "an output to learn; all where none is given")
+    provider: str = parameter("cpu", "where to train: cpu, cuda")
+
+    def lacks(self, run: Run) -> str:
+        if self.data:
+            self._open(input_specs(run.original) if run.original is not None else [], run)
+        elif not isinstance(run.feeds, FeedsOnly):
+            return "trains and needs data: `data: FILE` in the recipe, or --calibration DATA"
+        return ""
+
+    def fit(self, teacher: ir.Model | None, model: ir.Model, run: Run) -> Coverage:
+        """Train `model` in place, against `teacher` where there is one.
+
+        Raises:
+            DataError: there is no data, or it does not fit.
+            PassError: nothing can be trained, or the loss is no longer finite.
+        """
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        settings, objective = chosen({**given, "seed": run.seed})
+        data = self._data(model, run)
+        conditions = Conditions(
+            provider=self.provider,
+            threads=run.threads,
+            work=run.state or pathlib.Path(run.work),
+            resume=run.state is not None,
+            progress=run.progress,
+            identity={"data": data.digest()},
+        )
+        done = distill(teacher, model, data, objective=objective, settings=settings, conditions=conditions)
+        before = {weight.key: weight.nbytes for weight in weights(model)}
+        errors = write(model, done.parameters, pathlib.Path(run.work))
+        after = {weight.key: weight.nbytes for weight in weights(model)}
+        coverage = Coverage(rewrites={"training steps": done.steps})
+        for key, size in before.items():
+            if key in errors:
+                coverage.touched.append(Touched(key, size, after[key], errors[key], "trained"))
+            else:
+                coverage.left.append(Left(key, size, Reason.ROLE, done.left.get(key, "has no effect on the loss")))
+        return coverage
+
+    def _data(self, model: ir.Model, run: Run) -> Data:
+        if self.data:
+            return self._open(input_specs(model), run)
+        if isinstance(run.feeds, FeedsOnly):
+            return run.feeds.data
+        raise DataError(self.lacks(run))
+
+    def _open(self, specs: Any, run: Run) -> Data:
+        return open_data(self.data, specs, batch=self.batch, trim=False, last="fill", **run.reading)
