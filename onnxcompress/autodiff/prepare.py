@@ -156,7 +156,7 @@ def _define(root: Builder, graph: ir.Graph, node: ir.Node) -> bool:
         return False
     nodes = list(scratch.graph)
     scratch.graph.remove(nodes)
-    pairs = [(y, r.value) for y, r in zip(node.outputs, results, strict=False) if r is not None]
+    pairs = [(y, r.value) for y, r in zip(node.outputs, results, strict=False) if r is not None and y.name]
     ir.convenience.replace_nodes_and_values(graph, node, [node], nodes, [y for y, _ in pairs], [r for _, r in pairs])
     return True
 

@@ -137,6 +137,16 @@ class GlobalLpPool(Operator):
         return ((np.abs(x) ** p).sum(axis=tuple(range(2, x.ndim)), keepdims=True) ** (1 / p),)
 
 
+class LpNormalization(Operator):
+    """The reference evaluator's own forgets the absolute values for p = 1."""
+
+    op_domain = ""
+
+    def _run(self, x: np.ndarray, axis: int | None = None, p: int | None = None) -> tuple[np.ndarray]:
+        order, along = 2 if p is None else p, -1 if axis is None else axis
+        return (x / (np.abs(x) ** order).sum(along, keepdims=True) ** (1 / order),)
+
+
 class Pad(Operator):
     """The reference evaluator's own refuses negative padding."""
 
@@ -306,6 +316,7 @@ OWN: list[type[OpRun]] = [
     GRU,
     RNN,
     Pad,
+    LpNormalization,
     GatherElements,
     MeanVarianceNormalization,
     Erf,
