@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
 from collections.abc import Callable
@@ -49,14 +50,16 @@ def train(
 ) -> dict[str, Any]:
     """Train the model at `student` and save it at `out`; returns the report.
 
-    `init` "random" draws the weights anew first (`initial.randomize`); without `settings`, BatchNormalization is then
-    trained, too. `evaluate`, `metric`: what the best epoch is kept by.
+    `init` "random" draws the weights anew first (`initial.randomize`); BatchNormalization is then trained, too, where
+    the settings do not say. `evaluate`, `metric`: what the best epoch is kept by.
 
     Raises:
         OnnxCompressError: one line; nothing is written.
     """
     reading, objective = reading or DataOptions(), objective or Objective()
-    settings = settings or Settings(batch_norm="trained" if init == "random" else "frozen")
+    settings = settings or Settings()
+    if init == "random" and settings.batch_norm is None:
+        settings = dataclasses.replace(settings, batch_norm="trained")
     _check(objective, settings, evaluate, metric)
     model = load(student)
     original = load(teacher) if teacher is not None else None

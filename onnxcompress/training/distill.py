@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcompress.data.batch import Data
+from onnxcompress.errors import PassError
 from onnxcompress.model import bridge
 from onnxcompress.training import feeding, heads, matching, optimizers, samples, step, targets
 from onnxcompress.training.checkpoint import Checkpoints
@@ -73,8 +74,14 @@ def distill(
             clip=settings.clip,
             relative=settings.relative and settings.optimizer == "adamw",
             accumulate=size is not None and settings.batch > size,
+            batch_statistics=settings.batch_norm == "trained",
             allows=settings.select.allows,
         )
+        if graph.running and size == 1:
+            raise PassError(
+                "BatchNormalization cannot be trained on a batch that is fixed to 1 sample: free the batch, or keep "
+                "its statistics frozen"
+            )
         chosen = feeding.cached(chosen, pairs, guide, all_samples, size or settings.batch, conditions)
         feeder = Feeder(chosen, {s.output: t.output for s, t in pairs}, guide, all_samples)
         plan = Plan(

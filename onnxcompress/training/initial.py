@@ -13,25 +13,46 @@ from onnxcompress.model.roles import WEIGHT_ROLES
 from onnxcompress.model.weights import Weight, weights
 from onnxcompress.training.parameters import behind_weights, refusal
 
+_SCALE_SHIFT = {1: 1.0, 2: 0.0}
+_NEUTRAL: dict[str, dict[int, float]] = {  # operator -> input -> value
+    "BatchNormalization": {**_SCALE_SHIFT, 3: 0.0, 4: 1.0},
+    "LayerNormalization": _SCALE_SHIFT,
+    "InstanceNormalization": _SCALE_SHIFT,
+    "GroupNormalization": _SCALE_SHIFT,
+    "RMSNormalization": _SCALE_SHIFT,
+    "SimplifiedLayerNormalization": _SCALE_SHIFT,
+    "com.microsoft::SkipLayerNormalization": {2: 1.0, 3: 0.0, 4: 0.0},
+}
+
 
 def randomize(model: ir.Model, seed: int) -> int:
     """Draw every trainable dense weight of `model` anew, in place; how many there were.
 
     Layers: normal with variance 2 / fan-in (He et al., 2015). Embeddings: normal, 0.02. Recurrent weights: uniform
-    within 1 / sqrt(hidden). Biases: 0. Normalizations and other vectors keep their values, as only those that scale
-    would start at 1. Each weight's draw depends on the seed and its name alone.
+    within 1 / sqrt(hidden). Biases: 0. Normalizations: scale 1, shift 0, running mean 0, running variance 1. Other
+    vectors keep their values. Each weight's draw depends on the seed and its name alone.
     """
     found = weights(model)
     behind = behind_weights(model, found)
     count = 0
     for weight in found:
-        if weight.encoding.kind != "dense" or refusal(weight, behind):
+        if weight.encoding.kind != "dense":
             continue
-        fresh = _drawn(weight, seed)
+        fresh = _neutral(weight)
+        if fresh is None and not refusal(weight, behind):
+            fresh = _drawn(weight, seed)
         if fresh is not None:
             weight.replace(Dense(fresh.astype(weight.dtype)))
             count += 1
     return count
+
+
+def _neutral(weight: Weight) -> np.ndarray | None:
+    """What leaves a normalization's result as it is; None where `weight` is no part of one, or of several kinds."""
+    values = {_NEUTRAL.get(use.op_type, {}).get(use.index) for use in weight.uses}
+    value = values.pop() if len(values) == 1 else None
+    movable = weight.attribute is None and not weight.overridable and not weight.value.is_graph_output()
+    return None if value is None or not movable else np.full(weight.shape, value)
 
 
 def _drawn(weight: Weight, seed: int) -> np.ndarray | None:

@@ -92,7 +92,7 @@ class Loop:
             if self._is_enough():
                 break
         self._progress.done()
-        return self._at.best or self._parameters(self._runner.read())
+        return self._at.best or self._graph.values(self._runner.read())
 
     def _epoch(self, epoch: int, per_epoch: int) -> None:
         began = saved = time.monotonic()
@@ -108,7 +108,7 @@ class Loop:
         self._at.sums = (0.0, 0)
         score = None
         if self._score is not None:
-            parameters = self._parameters(self._runner.read())
+            parameters = self._graph.values(self._runner.read())
             score = entry["score"] = self._score(parameters)
             if self._is_better(score):
                 self._at.best, self._at.score = parameters, score
@@ -143,7 +143,7 @@ class Loop:
 
     def _culprit(self) -> str:
         """The first weight whose new value is not finite."""
-        for key, parts in self._graph.trained(self._parameters(self._runner.read())).items():
+        for key, parts in self._graph.trained(self._graph.values(self._runner.read())).items():
             if not all(np.isfinite(array).all() for array in parts.values()):
                 return key
         return ""
@@ -164,6 +164,3 @@ class Loop:
             return False
         scores = [entry.get("score") for entry in self._at.history]
         return len(scores) - 1 - scores.index(self._at.score) >= self._plan.patience
-
-    def _parameters(self, state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return {leaf.name: state[leaf.name] for leaf in self._graph.leaves}

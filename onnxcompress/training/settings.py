@@ -7,7 +7,7 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import onnx_ir as ir
 
@@ -17,6 +17,8 @@ from onnxcompress.training.loop import Epoch
 from onnxcompress.training.schedules import Kind
 from onnxcompress.training.targets import Objective
 
+BatchNorm = Literal["frozen", "trained"]
+BATCH_NORMS: tuple[str, ...] = ("frozen", "trained")
 RATES = {"adamw": 1e-3, "sgd": 1e-2}
 
 
@@ -27,6 +29,8 @@ class Settings:
     `batch`: samples an update. `lr`: peak learning rate; None is 1e-3 for AdamW, 1e-2 for SGD. `clip`: the norm
     gradients are clipped to, None for not at all. `relative`: AdamW's steps are in proportion to each weight's
     magnitude, so that one learning rate serves every model; False gives textbook AdamW.
+    `batch_norm`: "frozen" (what None means, but to `healing.train` from random weights) normalizes by the running
+    statistics as they are, "trained" by those of each batch, and moves the running ones (`batchnorm.track`).
     `outputs`: names of the student's outputs to learn, empty for all. `patience`: see `loop.Plan`.
     """
 
@@ -40,6 +44,7 @@ class Settings:
     warmup: float = 0.05
     clip: float | None = 1.0
     relative: bool = True
+    batch_norm: BatchNorm | None = None
     seed: int = 0
     outputs: tuple[str, ...] = ()
     patience: int | None = None

@@ -22,7 +22,8 @@ from onnxcompress.autodiff.tensor import Tensor
 from onnxcompress.errors import PassError
 from onnxcompress.model import bridge
 from onnxcompress.model.weights import Weight
-from onnxcompress.training import optimizers, parameters
+from onnxcompress.training import batchnorm, optimizers, parameters
+from onnxcompress.training.batchnorm import Running
 from onnxcompress.training.optimizers import Optimizer
 from onnxcompress.training.parameters import Exposed, Leaf
 
@@ -72,12 +73,18 @@ class TrainingGraph:
         return {} if self.update is None else {_sum(leaf): np.zeros_like(leaf.initial) for leaf in self.leaves}
 
     def trained(self, values: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
-        """Weight key -> part -> array, out of the values of the leaves."""
+        """Weight key -> part -> array, out of the values of the leaves and of the running statistics."""
         found: dict[str, dict[str, np.ndarray]] = {}
         for leaf in self.leaves:
             for member, array in leaf.split(values[leaf.name]):
                 found.setdefault(member.key, {})[member.part] = array
+        for name in self.running:
+            found[Running.key(name)] = {"w": values[name]}
         return found
+
+    def values(self, state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """What of a runner's state `trained` takes: without the optimizer's."""
+        return {name: state[name] for name in (*(leaf.name for leaf in self.leaves), *self.running)}
 
 
 def forward(model: ir.Model, feeder: Iterable[Any]) -> ir.Model:
@@ -108,16 +115,19 @@ def build(
     clip: float | None = 1.0,
     relative: bool = False,
     accumulate: bool = False,
+    batch_statistics: bool = False,
     allows: Callable[[Weight], bool] = lambda weight: True,
 ) -> TrainingGraph:
     """The training graph of `model` (from `forward`), which is changed into it. `values`: what the loss is about.
 
-    `relative`: scale the steps of each weight by its magnitude (`Parameter.relative`).
+    `relative`: scale the steps of each weight by its magnitude (`Parameter.relative`). `batch_statistics`: normalize
+    by those of the batch and move the running ones (`batchnorm.track`), instead of by the running ones.
 
     Raises:
         PassError: nothing of it can be trained.
         NoGradient: an operator between weights and loss has no gradient.
     """
+    running = batchnorm.track(model) if batch_statistics else Running()
     exposed = parameters.expose(model, allows)
     leaves = parameters.pack(model, exposed.parameters)
     if not leaves:
@@ -126,8 +136,10 @@ def build(
         model.graph.inputs.append(value)
     model.graph.outputs.clear()
     known = named(model.graph)
-    model.graph.outputs.extend(dict.fromkeys(known[name] for name in values))  # keeps them through preparation
+    kept = dict.fromkeys((*values, *running.outputs))
+    model.graph.outputs.extend(known[name] for name in kept)  # keeps them through preparation
     prepare(model)
+    batchnorm.spelled_out(model)
     b = Builder(model.graph, model.opset_imports[""])
     b.scope = "loss"
     known = named(model.graph)
@@ -135,7 +147,7 @@ def build(
     total = b.op("Identity", total, shape=())
     total.value.name = LOSS
     model.graph.outputs.clear()
-    model.graph.outputs.append(total.value)
+    model.graph.outputs.extend([total.value, *(known[name] for name in running.outputs)])
     _drop_dead(model)
     found = gradients(model, {LOSS: None}, [leaf.name for leaf in leaves])
     leaves = [leaf for leaf in leaves if leaf.name in found]
@@ -153,7 +165,7 @@ def build(
         _update(b, leaves, {leaf.name: b.wrap(found[leaf.name]) for leaf in leaves}, optimizer, clip, relative)
     buffers = {value.name or "": array for value, array in exposed.buffers}
     model.graph.name = "training step"
-    return TrainingGraph(model, update, leaves, state, buffers, exposed.left)
+    return TrainingGraph(model, update, leaves, state, buffers, exposed.left, running.initial)
 
 
 def _update(

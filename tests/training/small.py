@@ -53,3 +53,23 @@ def outputs(of: ir.Model | onnx.ModelProto, feeds: Mapping[str, Any]) -> dict[st
     loaded = of if isinstance(of, ir.Model) else load(of)
     with open_session(loaded) as session:
         return session.run(feeds)
+
+
+def normalized(batch: int | str = "n") -> onnx.ModelProto:
+    """x [n, 6] -> MatMul [6, 16] -> BatchNormalization -> Relu -> Gemm [16, 4] = z."""
+    nodes = [
+        node("MatMul", ["x", "w1"], ["h"], name="one"),
+        node("BatchNormalization", ["h", "scale", "shift", "mean", "var"], ["n"], name="norm", momentum=0.8),
+        node("Relu", ["n"], ["r"], name="relu"),
+        node("Gemm", ["r", "w2", "b2"], ["z"], name="two"),
+    ]
+    arrays = {
+        "w1": floats(6, 16, seed=1) * 3,
+        "scale": np.linspace(0.5, 1.5, 16, dtype=np.float32),
+        "shift": floats(16, seed=2) * 0.1,
+        "mean": floats(16, seed=6),
+        "var": np.linspace(0.1, 2, 16, dtype=np.float32),
+        "w2": floats(16, 4, seed=3) * 0.3,
+        "b2": floats(4, seed=4) * 0.1,
+    }
+    return model(graph(nodes, [info("x", [batch, 6])], [info("z", [batch, 4])], tensors(**arrays)))
