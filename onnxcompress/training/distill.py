@@ -25,6 +25,7 @@ from onnxcompress.training.schedules import Schedule
 from onnxcompress.training.settings import Conditions, Evaluation, Settings, identity
 from onnxcompress.training.targets import Objective
 from onnxcompress.training.teacher import Teacher
+from onnxcompress.training.zeros import Keeping
 
 __all__ = ["Conditions", "Evaluation", "Settings", "Trained", "distill", "write"]
 
@@ -37,12 +38,14 @@ def distill(
     objective: Objective | None = None,
     settings: Settings | None = None,
     evaluation: Evaluation | None = None,
+    reference: ir.Model | None = None,
     conditions: Conditions | None = None,
 ) -> Trained:
     """Train `student` on `data` against the outputs of `original`, and against labels where the data has them.
 
     `original` None: labels alone. Neither model is changed. Labels are not needed with a teacher; a causal language
-    model without any learns its own next tokens beside the teacher's.
+    model without any learns its own next tokens beside the teacher's. `reference`: what the student was made from,
+    where that is not the teacher; it tells pruned zeros from others.
 
     Raises:
         ModelError: teacher and student do not fit.
@@ -76,6 +79,7 @@ def distill(
             accumulate=size is not None and settings.batch > size,
             batch_statistics=settings.batch_norm == "trained",
             allows=settings.select.allows,
+            restate=Keeping(settings.keep_zeros, student, original if reference is None else reference),
         )
         if graph.running and size == 1:
             raise PassError(

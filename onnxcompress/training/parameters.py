@@ -22,6 +22,7 @@ from onnxcompress.numerics.transforms import is_transform
 PACKED = 1 << 14  # elements below which a parameter is packed with others
 REFERENCE_RMS, LEAST_STEP, LARGEST_STEP = 0.05, 0.01, 4.0
 _HALF = {"float16", "bfloat16"}
+_VALUES = ("w", "values", "freed")  # parts that hold elements of the weight itself
 _RUNNING_STATISTICS = (3, 4)  # inputs of BatchNormalization that are measured, not learned
 _MASK_LIKE = 1e4  # a constant of larger magnitude is an attention mask, not a weight
 
@@ -112,7 +113,7 @@ class _InTraining(Encoding):
             if fixed:
                 self.exposed.buffers.append((parameters[part], array))
             else:
-                decay = self.layer and part == "w"
+                decay = self.layer and part in _VALUES
                 self.exposed.parameters.append(Parameter(self.key, part, parameters[part], array, decay, self.layer))
         found = self.inner.forward(tape, parameters, _Buffers(self.inner.buffers(), self.exposed, self.key), name)
         if self.dtype != _master(self.inner.dtype):
@@ -144,8 +145,15 @@ class Exposed:
     left: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
-def expose(model: ir.Model, allows: Callable[[Weight], bool] = lambda weight: True) -> Exposed:
-    """Replace every trainable weight of `model`, in place, by its training form. `allows`: the user's selection."""
+def expose(
+    model: ir.Model,
+    allows: Callable[[Weight], bool] = lambda weight: True,
+    restate: Callable[[Weight], Encoding] = lambda weight: weight.encoding,
+) -> Exposed:
+    """Replace every trainable weight of `model`, in place, by its training form.
+
+    `allows`: the user's selection. `restate`: the encoding in which a weight trains.
+    """
     exposed = Exposed()
     found = weights(model)
     behind = behind_weights(model, found)
@@ -154,7 +162,7 @@ def expose(model: ir.Model, allows: Callable[[Weight], bool] = lambda weight: Tr
         if reason:
             exposed.left[weight.key] = reason
             continue
-        inner = weight.encoding
+        inner = restate(weight)
         layer = weight.role in WEIGHT_ROLES and len(weight.shape) > 1
         wide = inner.dtype.name in _HALF and all(use.node.op_type == "Cast" for use in weight.value.uses())
         try:

@@ -9,11 +9,14 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
+from onnxcompress.encodings import Dense
+from onnxcompress.encodings.base import Encoding
 from onnxcompress.errors import PassError
 from onnxcompress.model.weights import weights
 from onnxcompress.numerics.error import relative_rms
 from onnxcompress.training.loop import Epoch
 from onnxcompress.training.targets import Objective, Target
+from onnxcompress.training.zeros import FREED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +45,8 @@ def write(
             raise PassError(f"the weight {key!r} was lost in training (a bug)")
         weight = found[key]
         before = weight.array()
-        new = weight.encoding.updated(parts)
+        new: Encoding
+        new = Dense(parts[FREED].astype(before.dtype)) if FREED in parts else weight.encoding.updated(parts)
         errors[key] = relative_rms(before, new.decode())
         weight.replace(new)
     return errors

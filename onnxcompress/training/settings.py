@@ -16,6 +16,7 @@ from onnxcompress.model import provenance
 from onnxcompress.training.loop import Epoch
 from onnxcompress.training.schedules import Kind
 from onnxcompress.training.targets import Objective
+from onnxcompress.training.zeros import KeepZeros
 
 BatchNorm = Literal["frozen", "trained"]
 BATCH_NORMS: tuple[str, ...] = ("frozen", "trained")
@@ -31,6 +32,7 @@ class Settings:
     magnitude, so that one learning rate serves every model; False gives textbook AdamW.
     `batch_norm`: "frozen" (what None means, but to `healing.train` from random weights) normalizes by the running
     statistics as they are, "trained" by those of each batch, and moves the running ones (`batchnorm.track`).
+    `keep_zeros`: which zeros of weights are structure and stay (`zeros.Keeping`).
     `outputs`: names of the student's outputs to learn, empty for all. `patience`: see `loop.Plan`.
     """
 
@@ -45,6 +47,7 @@ class Settings:
     clip: float | None = 1.0
     relative: bool = True
     batch_norm: BatchNorm | None = None
+    keep_zeros: KeepZeros = "auto"
     seed: int = 0
     outputs: tuple[str, ...] = ()
     patience: int | None = None

@@ -19,6 +19,7 @@ from onnxcompress.autodiff.builder import Builder
 from onnxcompress.autodiff.engine import gradients, named
 from onnxcompress.autodiff.prepare import LEAST_OPSET, prepare
 from onnxcompress.autodiff.tensor import Tensor
+from onnxcompress.encodings.base import Encoding
 from onnxcompress.errors import PassError
 from onnxcompress.model import bridge
 from onnxcompress.model.weights import Weight
@@ -117,18 +118,20 @@ def build(
     accumulate: bool = False,
     batch_statistics: bool = False,
     allows: Callable[[Weight], bool] = lambda weight: True,
+    restate: Callable[[Weight], Encoding] = lambda weight: weight.encoding,
 ) -> TrainingGraph:
     """The training graph of `model` (from `forward`), which is changed into it. `values`: what the loss is about.
 
     `relative`: scale the steps of each weight by its magnitude (`Parameter.relative`). `batch_statistics`: normalize
-    by those of the batch and move the running ones (`batchnorm.track`), instead of by the running ones.
+    by those of the batch and move the running ones (`batchnorm.track`), instead of by the running ones. `allows`,
+    `restate`: which weights are trained, and in which encoding.
 
     Raises:
         PassError: nothing of it can be trained.
         NoGradient: an operator between weights and loss has no gradient.
     """
     running = batchnorm.track(model) if batch_statistics else Running()
-    exposed = parameters.expose(model, allows)
+    exposed = parameters.expose(model, allows, restate)
     leaves = parameters.pack(model, exposed.parameters)
     if not leaves:
         raise PassError(f"nothing in it can be trained: {_why(exposed)}")

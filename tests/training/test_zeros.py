@@ -1,0 +1,77 @@
+"""Which zeros training keeps: those of pruning, not those a layer has for other reasons."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from onnxcompress.encodings import Affine, Masked, Sparse
+from onnxcompress.encodings.base import Encoding
+from onnxcompress.model import bridge, provenance
+from onnxcompress.model.load import load
+from onnxcompress.model.weights import Weight, weights
+from onnxcompress.training.distill import Settings, distill, write
+from onnxcompress.training.zeros import KeepZeros
+from tests.training.small import arrays, mlp, opened
+
+
+def first(of: ir.Model) -> Weight:
+    return next(w for w in weights(of) if w.key == "w1")
+
+
+def student(encoding: Encoding) -> ir.Model:
+    of = load(mlp())
+    first(of).replace(encoding)
+    return of
+
+
+def zeroed(share: float) -> np.ndarray:
+    array = np.array(first(load(mlp())).array())
+    array[np.abs(array) <= np.quantile(np.abs(array), share)] = 0
+    return array
+
+
+def still_zero(of: ir.Model, keep: KeepZeros, reference: ir.Model | None = None) -> tuple[float, Encoding]:
+    """The share of the zeros of w1 that training keeps, and how w1 is stored then."""
+    data = opened(of, arrays(64))
+    done = distill(None, of, data, settings=Settings(epochs=2, lr=1e-2, keep_zeros=keep), reference=reference)
+    new = bridge.clone(of)
+    write(new, done.parameters)
+    before, after = first(of).array(), first(new)
+    return float(np.mean(after.array()[before == 0] == 0)), after.encoding
+
+
+@pytest.mark.parametrize(
+    ("share", "keep", "kept"),
+    [(0.5, "auto", 1), (0.05, "auto", 0), (0.05, "always", 1), (0.005, "always", 1), (0.5, "never", 0)],
+)
+def test_zeros_of_a_plain_tensor(share: float, keep: KeepZeros, kept: float) -> None:
+    found, encoding = still_zero(student(Masked(zeroed(share))), keep)
+    assert found == kept
+    assert encoding.kind == ("masked" if kept else "dense")
+
+
+def test_few_zeros_are_kept_where_they_are_known_to_be_pruned() -> None:
+    of = student(Masked(zeroed(0.05)))
+    assert still_zero(of, "auto", reference=load(mlp()))[0] == 1
+    assert still_zero(of, "auto", reference=of)[0] == 0  # it had them before
+    noted = student(Masked(zeroed(0.005)))  # too few to be read off, so the tensor says it
+    assert still_zero(noted, "auto")[0] == 1
+    provenance.write(of, provenance.Provenance(parent="0" * 64, recipe="magnitude-pruning"))
+    assert still_zero(of, "auto")[0] == 1
+
+
+@pytest.mark.parametrize(("keep", "kept"), [("auto", 1), ("never", 0)])
+def test_a_sparse_weight_is_let_go_only_when_told(keep: KeepZeros, kept: float) -> None:
+    found, encoding = still_zero(student(Sparse.pack(zeroed(0.1))), keep)
+    assert found == kept
+    assert encoding.kind == ("sparse" if kept else "dense")
+
+
+@pytest.mark.parametrize(("share", "keep", "kept"), [(0.6, "auto", 1), (0.3, "auto", 0), (0.3, "always", 1)])
+def test_a_pruned_weight_that_was_quantized(share: float, keep: KeepZeros, kept: float) -> None:
+    q = np.clip(np.rint(zeroed(share) / 0.01), -128, 127).astype(np.int8)
+    found, encoding = still_zero(student(Affine(q, np.array(0.01, np.float32))), keep)
+    assert (found == 1) == bool(kept)
+    assert encoding.kind == "affine"
