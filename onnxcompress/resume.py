@@ -9,7 +9,7 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
@@ -57,19 +57,23 @@ class Workplace:
 
     def state_of(self, recipe: Recipe, index: int) -> pathlib.Path | None:
         """The folder that step `index` may keep its own state in, as an interrupted run of the same work left it."""
-        return self.state(self._key(recipe, index + 1))
+        key, *later = (self._key(recipe, count) for count in range(index + 1, len(recipe.steps) + 1))
+        return self.state(key, later)
 
-    def state(self, key: str) -> pathlib.Path | None:
-        """The folder for state of the work that `key` stands for; that of any other work goes. None where none stays.
+    def state(self, key: str, later: Sequence[str] = ()) -> pathlib.Path | None:
+        """The folder for state of the work that `key` stands for; None where none stays.
+
+        State of any other work goes, but for work that comes `later`: a run that kept no model on the way to it starts
+        over, and will come there again.
 
         Raises:
             SaveError: it cannot be made.
         """
         if self._temporary:
             return None
-        own = self.folder / f"{_OWN}{key[:16]}"
+        own, *waiting = (self.folder / f"{_OWN}{each[:16]}" for each in (key, *later))
         for other in self.folder.glob(f"{_OWN}*"):
-            if other != own:
+            if other != own and other not in waiting:
                 shutil.rmtree(other, ignore_errors=True)
         try:
             own.mkdir(exist_ok=True)

@@ -10,7 +10,7 @@ import click
 from onnxcompress.api import DEFAULT_RECIPE
 from onnxcompress.cli import options, running
 from onnxcompress.cli.report import Report
-from onnxcompress.recipe import Recipe
+from onnxcompress.recipe import Recipe, built_in
 
 
 @click.command("compress")
@@ -19,10 +19,12 @@ from onnxcompress.recipe import Recipe
 @click.option(
     "--recipe",
     metavar="NAME|FILE",
-    help=f"lossless, int8, int8-static, small or a YAML file  [default: {DEFAULT_RECIPE}]",
+    help=f"{', '.join(built_in())}, or a YAML file  [default: {DEFAULT_RECIPE}]",
 )
 @click.option(
-    "--calibration", metavar="DATA", help=".npz, folder, or file.py:function, for passes that measure activations"
+    "--calibration",
+    metavar="DATA",
+    help=".npz, folder, or file.py:function, for passes that measure activations or train",
 )
 @click.option("--eval", "evaluate", metavar="DATA", help="data to score the model on after every pass")
 @options.metric_option
