@@ -79,6 +79,7 @@ def distill(
             accumulate=size is not None and settings.batch > size,
             batch_statistics=settings.batch_norm == "trained",
             allows=settings.select.allows,
+            learn_scales=settings.learn_scales,
             restate=Keeping(settings.keep_zeros, student, original if reference is None else reference),
         )
         if graph.running and size == 1:

@@ -18,6 +18,7 @@ from onnxcompress.errors import PassError
 from onnxcompress.model.roles import WEIGHT_ROLES
 from onnxcompress.model.weights import Weight, weights
 from onnxcompress.numerics.transforms import is_transform
+from onnxcompress.training import scales
 
 PACKED = 1 << 14  # elements below which a parameter is packed with others
 REFERENCE_RMS, LEAST_STEP, LARGEST_STEP = 0.05, 0.01, 4.0
@@ -32,6 +33,7 @@ class Parameter:
     """One trainable array: part `part` of the encoding of the weight `key`.
 
     `decay`: whether weight decay is for it. `layer`: whether it is a layer's weight, not a bias, norm or scale.
+    `gradient`: what its gradient is multiplied by (`scales.gradient_scale`).
     """
 
     key: str
@@ -40,18 +42,26 @@ class Parameter:
     initial: np.ndarray
     decay: bool
     layer: bool
+    gradient: float = 1.0
+
+    def stored(self, array: np.ndarray) -> np.ndarray:
+        """What its value in training stands for."""
+        return np.abs(array) if self.part == "scale" else array
 
     @property
     def relative(self) -> float:
-        """How large its steps are beside those of a weight with root mean square 0.05; 1 for all but layers' weights.
+        """How large its steps are beside those of a weight with root mean square 0.05; 1 for biases and norms.
 
         A first layer that takes pixels of 0 to 255 has weights a hundred times smaller than the next: one step size
-        for both destroys it or leaves the rest where it is (Shazeer, Stern, 2018, section 8; You et al., 2020).
+        for both destroys it or leaves the rest where it is (Shazeer, Stern, 2018, section 8; You et al., 2020). A
+        learned scale moves by the learning rate times itself.
         """
-        if not self.layer:
+        if not self.layer and self.part != "scale":
             return 1.0
         kept = self.initial[self.initial != 0].astype(np.float64)
         rms = float(np.sqrt(np.mean(kept * kept))) if kept.size else 0.0
+        if self.part == "scale":
+            return rms
         return min(max(rms / REFERENCE_RMS, LEAST_STEP), LARGEST_STEP)
 
 
@@ -67,6 +77,13 @@ class Leaf:
     def relative(self) -> np.ndarray:
         """Factors of the step size (see `Parameter.relative`): a scalar, or one an element where several are packed."""
         factors = [member.relative for member in self.members]
+        if len(set(factors)) == 1:
+            return np.array(factors[0], self.initial.dtype)
+        return np.repeat(factors, [member.initial.size for member in self.members]).astype(self.initial.dtype)
+
+    def gradient(self) -> np.ndarray:
+        """Factors of the gradient: a scalar, or one an element where several are packed."""
+        factors = [member.gradient for member in self.members]
         if len(set(factors)) == 1:
             return np.array(factors[0], self.initial.dtype)
         return np.repeat(factors, [member.initial.size for member in self.members]).astype(self.initial.dtype)
@@ -106,15 +123,19 @@ class _InTraining(Encoding):
     def emit(self, tape: Tape, name: str) -> ir.Value:
         parameters: dict[str, ir.Value] = {}
         for part, array in self.inner.parameters().items():
-            array = np.ascontiguousarray(array.astype(_master(array.dtype), copy=False))
-            fixed = part == "scale"  # scales are learned with the weights they belong to, or not at all
+            array = np.asarray(array.astype(_master(array.dtype), copy=False), order="C")
+            factor = scales.gradient_scale(self.inner) if part == "scale" and self.exposed.learn_scales else None
+            fixed = part == "scale" and factor is None
             label = f"{'buffer' if fixed else 'parameter'}/{self.key}/{part}"
             parameters[part] = _input(label, array)
             if fixed:
                 self.exposed.buffers.append((parameters[part], array))
-            else:
-                decay = self.layer and part in _VALUES
-                self.exposed.parameters.append(Parameter(self.key, part, parameters[part], array, decay, self.layer))
+                continue
+            decay, layer = self.layer and part in _VALUES, self.layer and part != "scale"
+            parameter = Parameter(self.key, part, parameters[part], array, decay, layer, factor or 1.0)
+            self.exposed.parameters.append(parameter)
+            if part == "scale":
+                parameters[part] = tape.op("Abs", [parameters[part]], f"{name}.scale.positive")
         found = self.inner.forward(tape, parameters, _Buffers(self.inner.buffers(), self.exposed, self.key), name)
         if self.dtype != _master(self.inner.dtype):
             kind = ir.DataType.from_numpy(self.dtype)
@@ -143,18 +164,20 @@ class Exposed:
     parameters: list[Parameter] = dataclasses.field(default_factory=list)
     buffers: list[tuple[ir.Value, np.ndarray]] = dataclasses.field(default_factory=list)
     left: dict[str, str] = dataclasses.field(default_factory=dict)
+    learn_scales: bool = False
 
 
 def expose(
     model: ir.Model,
     allows: Callable[[Weight], bool] = lambda weight: True,
     restate: Callable[[Weight], Encoding] = lambda weight: weight.encoding,
+    learn_scales: bool = False,
 ) -> Exposed:
     """Replace every trainable weight of `model`, in place, by its training form.
 
-    `allows`: the user's selection. `restate`: the encoding in which a weight trains.
+    `allows`: the user's selection. `restate`: the encoding in which a weight trains. `learn_scales`: those of integers.
     """
-    exposed = Exposed()
+    exposed = Exposed(learn_scales=learn_scales)
     found = weights(model)
     behind = behind_weights(model, found)
     for weight in found:

@@ -33,6 +33,7 @@ class Settings:
     `batch_norm`: "frozen" (what None means, but to `healing.train` from random weights) normalizes by the running
     statistics as they are, "trained" by those of each batch, and moves the running ones (`batchnorm.track`).
     `keep_zeros`: which zeros of weights are structure and stay (`zeros.Keeping`).
+    `learn_scales`: train the scales of quantized weights, too (`scales.gradient_scale`).
     `outputs`: names of the student's outputs to learn, empty for all. `patience`: see `loop.Plan`.
     """
 
@@ -48,6 +49,7 @@ class Settings:
     relative: bool = True
     batch_norm: BatchNorm | None = None
     keep_zeros: KeepZeros = "auto"
+    learn_scales: bool = False
     seed: int = 0
     outputs: tuple[str, ...] = ()
     patience: int | None = None

@@ -78,7 +78,7 @@ class TrainingGraph:
         found: dict[str, dict[str, np.ndarray]] = {}
         for leaf in self.leaves:
             for member, array in leaf.split(values[leaf.name]):
-                found.setdefault(member.key, {})[member.part] = array
+                found.setdefault(member.key, {})[member.part] = member.stored(array)
         for name in self.running:
             found[Running.key(name)] = {"w": values[name]}
         return found
@@ -119,19 +119,20 @@ def build(
     batch_statistics: bool = False,
     allows: Callable[[Weight], bool] = lambda weight: True,
     restate: Callable[[Weight], Encoding] = lambda weight: weight.encoding,
+    learn_scales: bool = False,
 ) -> TrainingGraph:
     """The training graph of `model` (from `forward`), which is changed into it. `values`: what the loss is about.
 
     `relative`: scale the steps of each weight by its magnitude (`Parameter.relative`). `batch_statistics`: normalize
     by those of the batch and move the running ones (`batchnorm.track`), instead of by the running ones. `allows`,
-    `restate`: which weights are trained, and in which encoding.
+    `restate`, `learn_scales`: which weights are trained, in which encoding, and with the scales of integers or without.
 
     Raises:
         PassError: nothing of it can be trained.
         NoGradient: an operator between weights and loss has no gradient.
     """
     running = batchnorm.track(model) if batch_statistics else Running()
-    exposed = parameters.expose(model, allows, restate)
+    exposed = parameters.expose(model, allows, restate, learn_scales)
     leaves = parameters.pack(model, exposed.parameters)
     if not leaves:
         raise PassError(f"nothing in it can be trained: {_why(exposed)}")
@@ -158,6 +159,7 @@ def build(
         raise PassError("no weight has any effect on the loss")
     for value in [v for v in model.graph.inputs if (v.name or "").startswith("parameter/") and v.name not in found]:
         _freeze(model, value, exposed)
+    _scale_gradients(model, leaves, found)
     state = {f"state/{leaf.name}/{slot}": np.zeros_like(leaf.initial) for leaf in leaves for slot in optimizer.slots}
     update: ir.Model | None = None
     if accumulate:
@@ -169,6 +171,16 @@ def build(
     buffers = {value.name or "": array for value, array in exposed.buffers}
     model.graph.name = "training step"
     return TrainingGraph(model, update, leaves, state, buffers, exposed.left, running.initial)
+
+
+def _scale_gradients(model: ir.Model, leaves: Sequence[Leaf], found: dict[str, ir.Value]) -> None:
+    """Multiply gradients by what their parameters ask for."""
+    b = Builder(model.graph, model.opset_imports[""])
+    b.scope = "gradient scale"
+    for leaf in leaves:
+        factor = leaf.gradient()
+        if (factor != 1).any():
+            found[leaf.name] = (b.wrap(found[leaf.name]) * b.constant(factor)).value
 
 
 def _update(
