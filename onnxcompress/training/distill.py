@@ -62,6 +62,7 @@ def distill(
     pairs = [(head, head) for head in mine]
     if original is not None:
         pairs = heads.pairs(mine, heads.heads(original))
+    pairs += heads.features(objective.features, student, original)
     size = matching.fixed_batch(student) or matching.fixed_batch(original)
     with contextlib.ExitStack() as stack:
         source = original if original is not None else student
@@ -74,6 +75,7 @@ def distill(
             [target.head.logits for target in chosen],
             targets.write_all(chosen, objective),
             optimizers.named(settings.optimizer, settings.weight_decay, settings.momentum),
+            l1=objective.l1,
             clip=settings.clip,
             relative=settings.relative and settings.optimizer == "adamw",
             accumulate=size is not None and settings.batch > size,

@@ -47,8 +47,12 @@ def cached(
     size: int,
     conditions: Conditions,
 ) -> list[Target]:
-    """The targets with the teacher's logits of every sample, where they can be kept."""
-    if not any(target.soft for target in chosen):
+    """The targets with the teacher's logits of every sample, where they can be kept.
+
+    Features of sequences are not: only the models know along which of their axes positions lie that a call leaves out.
+    """
+    trimmed = bool(all_samples.groups) and any(target.is_feature for target in chosen)
+    if trimmed or not any(target.soft for target in chosen):
         return list(chosen)
     stored = teacher.cache(guide, all_samples, size, conditions.work, conditions.progress)
     if stored is None:

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from onnxcompress.errors import ModelError
 
-Kind = Literal["classes", "binary", "values"]
+Kind = Literal["classes", "binary", "values", "feature"]
 
 _PASS_ON = {"Identity", "Cast", "ZipMap", "Dropout"}
 _FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
@@ -21,7 +21,8 @@ class Head:
     """One output and what is learned in its place.
 
     `logits`: the value before Softmax, LogSoftmax, Sigmoid and ArgMax; the output itself where there is none of them.
-    `kind`: what the operators behind it say it is. `axis`: the classes' axis, None where nothing says.
+    `kind`: what the operators behind it say it is; "feature" for a tensor within the model, whose values are learned.
+    `axis`: the classes' axis, None where nothing says.
     """
 
     output: str
@@ -77,6 +78,31 @@ def chosen(found: Sequence[Head], wanted: Sequence[str], model: str) -> list[Hea
         if name not in named:
             raise ModelError(f"{model}: --output {name}: has no such output, only {', '.join(h.output for h in found)}")
     return [named[name] for name in wanted]
+
+
+def features(wanted: Sequence[str], student: ir.Model, teacher: ir.Model | None) -> list[tuple[Head, Head]]:
+    """Tensors within the student, each with the teacher's. `wanted`: "STUDENT" for one of that name, "STUDENT=TEACHER".
+
+    Raises:
+        ModelError: there is no such tensor in a main graph, or no teacher to learn it from.
+    """
+    if wanted and teacher is None:
+        raise ModelError(f"--feature {wanted[0]}: is learned from a teacher, and there is none")
+    found = []
+    for text in wanted:
+        mine, _, theirs = text.partition("=")
+        if teacher is not None:
+            _require(text, mine, student, "the student")
+            _require(text, theirs or mine, teacher, "the teacher")
+        heads = [Head(f"feature {name}", name, "feature") for name in (mine, theirs or mine)]
+        found.append((heads[0], heads[1]))
+    return found
+
+
+def _require(text: str, name: str, model: ir.Model, what: str) -> None:
+    made = (value for node in model.graph for value in node.outputs)
+    if not any(value.name == name and name for value in made):
+        raise ModelError(f"--feature {text}: {what} has no tensor {name!r} that an operator of its main graph computes")
 
 
 def pairs(student: Sequence[Head], teacher: Sequence[Head]) -> list[tuple[Head, Head]]:

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from onnxcompress.data.batch import Data
 from onnxcompress.data.specs import input_specs
 from onnxcompress.errors import DataError, ModelError
+from onnxcompress.model.shapes import shapes as inferred
 from onnxcompress.training import causal, targets
 from onnxcompress.training.heads import Head
 from onnxcompress.training.samples import Samples
@@ -41,22 +42,32 @@ def matched(
     _check_shapes(pairs, shapes, student)
     tokens = None
     if all_samples.labels is None and objective.loss in ("auto", "classes"):
-        outputs = {s.output: t.output for s, t in pairs}
+        outputs = {s.output: t.output for s, t in pairs if s.kind != "feature"}
+        shapes = {name: shapes[name] for name in outputs}
         tokens = causal.next_tokens(guide.logits, calls[0], all_samples, shapes, outputs)
     return targets.choose(pairs, found, all_samples, objective, soft=soft, next_tokens=tokens)
 
 
 def _check_shapes(pairs: Sequence[tuple[Head, Head]], shapes: Mapping[str, tuple[int, ...]], student: ir.Model) -> None:
-    declared = {value.name: value.shape for value in student.graph.outputs}
+    declared: dict[str, Sequence[object] | None]
+    declared = {str(v.name): None if v.shape is None else list(v.shape) for v in student.graph.outputs}
+    if any(head.kind == "feature" for head, _ in pairs):
+        known = inferred(student)
+        for head, _ in pairs:
+            info = known.get(head.logits)
+            if head.kind == "feature" and info is not None:
+                declared[head.output] = info.dims
     for head, theirs in pairs:
         mine, given = declared.get(head.output), shapes[head.output]
-        if mine is None or (head.kind != "values" and len(mine) != len(given)):
+        if mine is None or (head.kind not in ("values", "feature") and len(mine) != len(given)):
             continue
         fixed = [(a, b) for a, b in list(zip(mine, given, strict=False))[1:] if isinstance(a, int) and a > 0]
         if len(mine) != len(given) or any(a != b for a, b in fixed):
+            what = "tensor" if head.kind == "feature" else "output"
+            own, other = (h.output.removeprefix("feature ") for h in (head, theirs))
             raise ModelError(
-                f"the student's output {head.output!r} is [{', '.join(str(d) for d in mine)}], "
-                f"the teacher's {theirs.output!r} is {list(given)}: they do not fit"
+                f"the student's {what} {own!r} is [{', '.join(str(d) for d in mine)}], "
+                f"the teacher's {other!r} is {list(given)}: they do not fit"
             )
 
 

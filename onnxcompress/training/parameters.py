@@ -44,6 +44,11 @@ class Parameter:
     layer: bool
     gradient: float = 1.0
 
+    @property
+    def is_weight(self) -> bool:
+        """Whether it holds elements of a layer's weight themselves."""
+        return self.layer and self.part in _VALUES
+
     def stored(self, array: np.ndarray) -> np.ndarray:
         """What its value in training stands for."""
         return np.abs(array) if self.part == "scale" else array

@@ -52,15 +52,24 @@ def write(
     return errors
 
 
+_NAMES = {
+    "classes": "cross-entropy",
+    "binary": "binary cross-entropy",
+    "values": "squared error",
+    "cosine": "cosine distance",
+}
+
+
 def told(target: Target, objective: Objective) -> str:
     """One target in words."""
     parts = []
     if target.labels is not None:
         alpha = objective.share if target.soft else 1.0
-        names = {"classes": "cross-entropy", "binary": "binary cross-entropy", "values": "squared error"}
-        parts.append(f"{alpha:g} x {names.get(target.kind, target.kind)}")
-    if target.soft:
+        parts.append(f"{alpha:g} x {_NAMES[target.kind]}")
+    if target.is_feature:
+        parts.append(f"{objective.feature_weight:g} x {_NAMES[target.kind]}")
+    elif target.soft:
         share = f"{1 - objective.share:g} x " if parts else ""
         soft = target.kind in ("classes", "binary")
-        parts.append(f"{share}{f'soft targets at T = {target.temperature:.4g}' if soft else target.kind}")
+        parts.append(f"{share}{f'soft targets at T = {target.temperature:.4g}' if soft else _NAMES[target.kind]}")
     return " + ".join(parts)

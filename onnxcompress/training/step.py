@@ -16,14 +16,14 @@ import onnx_ir as ir
 
 from onnxcompress import lift as opsets
 from onnxcompress.autodiff.builder import Builder
-from onnxcompress.autodiff.engine import gradients, named
+from onnxcompress.autodiff.engine import gradients, named, reach
 from onnxcompress.autodiff.prepare import LEAST_OPSET, prepare
 from onnxcompress.autodiff.tensor import Tensor
 from onnxcompress.encodings.base import Encoding
 from onnxcompress.errors import PassError
 from onnxcompress.model import bridge
 from onnxcompress.model.weights import Weight
-from onnxcompress.training import batchnorm, optimizers, parameters
+from onnxcompress.training import batchnorm, losses, optimizers, parameters
 from onnxcompress.training.batchnorm import Running
 from onnxcompress.training.optimizers import Optimizer
 from onnxcompress.training.parameters import Exposed, Leaf
@@ -113,6 +113,7 @@ def build(
     loss: WriteLoss,
     optimizer: Optimizer,
     *,
+    l1: float = 0.0,
     clip: float | None = 1.0,
     relative: bool = False,
     accumulate: bool = False,
@@ -122,6 +123,8 @@ def build(
     learn_scales: bool = False,
 ) -> TrainingGraph:
     """The training graph of `model` (from `forward`), which is changed into it. `values`: what the loss is about.
+
+    `l1`: how much of the sum of the absolute values of layers' weights is added to the loss.
 
     `relative`: scale the steps of each weight by its magnitude (`Parameter.relative`). `batch_statistics`: normalize
     by those of the batch and move the running ones (`batchnorm.track`), instead of by the running ones. `allows`,
@@ -148,6 +151,11 @@ def build(
     b.scope = "loss"
     known = named(model.graph)
     total = loss(Inputs(b), {name: b.wrap(known[name]) for name in values})
+    if l1:
+        nodes, end = list(model.graph), total.value
+        for value in [known[str(p.value.name)] for p in exposed.parameters if p.is_weight]:
+            if end in reach(nodes, [value]):
+                total = total + losses.l1_penalty(b.wrap(value)).cast(total.dtype) * l1
     total = b.op("Identity", total, shape=())
     total.value.name = LOSS
     model.graph.outputs.clear()

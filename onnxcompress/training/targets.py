@@ -22,6 +22,8 @@ from onnxcompress.training.heads import Head
 from onnxcompress.training.samples import Samples
 from onnxcompress.training.step import Inputs, WriteLoss
 
+FeatureLoss = Literal["values", "cosine"]
+FEATURE_LOSSES: tuple[str, ...] = ("values", "cosine")
 Loss = Literal["auto", "classes", "binary", "values", "cosine"]
 LOSSES: tuple[str, ...] = ("auto", "classes", "binary", "values", "cosine")
 IGNORED = -100
@@ -36,6 +38,9 @@ class Objective:
     `temperature`: T of the soft targets; None is 4, or as much as brings the teacher's logits to a standard deviation
     of 1 (some models' logits go to the thousands, and their softmax is no softer than a label). `alpha`: the share of
     the labels' loss; None is 0.1. `squared`: multiply the soft loss by T^2. `smoothing`: of the labels.
+    `features`: tensors within the models, "STUDENT" or "STUDENT=TEACHER", whose distance is added `feature_weight`
+    times: mean squared error or 1 - cosine along the features. `l1`: what the sum of the absolute values of layers'
+    weights is added by.
     """
 
     loss: Loss = "auto"
@@ -43,6 +48,10 @@ class Objective:
     alpha: float | None = None
     squared: bool = True
     smoothing: float = 0.0
+    features: tuple[str, ...] = ()
+    feature_loss: FeatureLoss = "values"
+    feature_weight: float = 1.0
+    l1: float = 0.0
 
     @property
     def share(self) -> float:
@@ -84,6 +93,8 @@ class Target:
         dims: list[int | str | None] = ["train/batch", *self.shape[1:]]
         if self._ragged(z):
             dims[1] = "train/positions"
+        if self.is_feature and z.shape is not None:  # as free as the student's own
+            dims[1:] = [d if isinstance(d, int) else f"train/{self.index}/{i}" for i, d in enumerate(z.shape)][1:]
         whole = [*dims, 1] if self.axis >= len(self.shape) else dims
         positions = [d for i, d in enumerate(whole) if i != self.axis]
         where = f"train/{self.index}"
@@ -98,6 +109,11 @@ class Target:
             labels = inputs(f"{where}/labels", kind, positions if self.kind == "classes" else whole)
             hard = self._hard(z, labels, counted, objective)
         return losses.mix(hard, soft, objective.share)
+
+    @property
+    def is_feature(self) -> bool:
+        """Whether it is a tensor within the model, not an output."""
+        return self.head.kind == "feature"
 
     def _ragged(self, z: Tensor) -> bool:
         return len(self.shape) >= 3 and (z.shape is None or not isinstance(z.shape[1], int))
@@ -128,7 +144,8 @@ class Target:
         where = f"train/{self.index}"
         teacher = logits if logits is not None else None if self.teacher is None else self.teacher[chosen]
         labels = None if self.labels is None else self.labels[chosen]
-        teacher, labels = (_cut(a, cut, len(self.shape)) for a in (teacher, labels))
+        if not self.is_feature:
+            teacher, labels = (_cut(a, cut, len(self.shape)) for a in (teacher, labels))
         wide = self.axis >= len(self.shape)
         if wide:
             teacher = None if teacher is None else teacher[..., None]
@@ -159,7 +176,10 @@ def write_all(targets: Sequence[Target], objective: Objective) -> WriteLoss:
     """The sum of the targets' losses, as `step.build` takes it."""
 
     def write(inputs: Inputs, values: Mapping[str, Tensor]) -> Tensor:
-        parts = [target.write(inputs, values[target.head.logits], objective) for target in targets]
+        parts = []
+        for target in targets:
+            part = target.write(inputs, values[target.head.logits], objective)
+            parts.append(part * objective.feature_weight if target.is_feature else part)
         return inputs.b.sum(parts)
 
     return write
@@ -185,13 +205,18 @@ def choose(
     found, given = [], samples.labels
     for index, (student, teacher) in enumerate(pairs):
         shape = logits[student.output].shape
+        if student.kind == "feature":
+            axis = 1 if len(shape) > 3 or len(shape) == 1 else len(shape) - 1
+            found.append(Target(index, student, objective.feature_loss, axis, shape, None, soft, 1.0))
+            continue
         kind, axis, labels = _kind(student, teacher, shape, given, next_tokens, objective.loss)
         if labels is not None:
             given = next_tokens = None  # the labels are of one output
         temperature = objective.temperature_for(logits[student.output], axis)
         found.append(Target(index, student, kind, axis, shape, labels, soft, temperature))
     if samples.labels is not None and given is not None:
-        told = ", ".join(f"{student.output} {list(logits[student.output].shape)}" for student, _ in pairs)
+        outputs = [student.output for student, _ in pairs if student.kind != "feature"]
+        told = ", ".join(f"{output} {list(logits[output].shape)}" for output in outputs)
         raise DataError(f"labels of shape {list(samples.labels.shape)} ({samples.labels.dtype}) fit no output: {told}")
     if not soft:
         found = [target for target in found if target.labels is not None]

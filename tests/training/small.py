@@ -73,3 +73,33 @@ def normalized(batch: int | str = "n") -> onnx.ModelProto:
         "b2": floats(4, seed=4) * 0.1,
     }
     return model(graph(nodes, [info("x", [batch, 6])], [info("z", [batch, 4])], tensors(**arrays)))
+
+
+def tagger(classes: int = 3) -> onnx.ModelProto:
+    """input_ids [n, s] -> Gather [11, 8] -> x attention_mask = h -> MatMul [8, 8] -> Tanh = t -> MatMul = logits."""
+    nodes = [
+        node("Gather", ["table", "input_ids"], ["e"], name="embed"),
+        node("Cast", ["attention_mask"], ["real"], name="real", to=onnx.TensorProto.FLOAT),
+        node("Unsqueeze", ["real", "last"], ["column"], name="column"),
+        node("Mul", ["e", "column"], ["h"], name="mask"),
+        node("MatMul", ["h", "w1"], ["m"], name="one"),
+        node("Tanh", ["m"], ["t"], name="tanh"),
+        node("MatMul", ["t", "w2"], ["logits"], name="two"),
+    ]
+    kind = onnx.TensorProto.INT64
+    given = tensors(
+        table=floats(11, 8, seed=1),
+        w1=floats(8, 8, seed=2),
+        w2=floats(8, classes, seed=3),
+        last=np.array([2], np.int64),
+    )
+    inputs = [info("input_ids", ["n", "s"], kind), info("attention_mask", ["n", "s"], kind)]
+    return model(graph(nodes, inputs, [info("logits", ["n", "s", classes])], given))
+
+
+def sequences(count: int = 48, longest: int = 9, seed: int = 7) -> dict[str, np.ndarray]:
+    """Token sequences of different lengths, padded."""
+    generator = np.random.default_rng(seed)
+    lengths = generator.integers(2, longest + 1, count)
+    mask = (np.arange(longest) < lengths[:, None]).astype(np.int64)
+    return {"input_ids": generator.integers(1, 11, (count, longest)) * mask, "attention_mask": mask}
