@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
@@ -17,6 +17,9 @@ from onnxcompress.model.load import Loadable, load, source_of
 from onnxcompress.model.shapes import shapes
 from onnxcompress.model.sizes import saved_bytes
 from onnxcompress.model.weights import Weight, weights
+
+if TYPE_CHECKING:
+    from onnxcompress.trainable import Trainable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Reach:
 @dataclasses.dataclass(frozen=True)
 class Inspection:
     """What `inspect` found. `bytes`: file and external data; `operators`: how many of each; `macs`: of one call, if
-    known.
+    known; `trainable`: where it was asked for.
     """
 
     bytes: int
@@ -67,6 +70,7 @@ class Inspection:
     macs: int | None
     touchable: dict[str, Reach]
     provenance: dict[str, Any] | None
+    trainable: Trainable | None = None
 
     def by_role(self) -> dict[str, tuple[int, int]]:
         """role -> (number of weights, bytes), largest first."""
@@ -81,8 +85,11 @@ class Inspection:
         return {"schema": 1, **dataclasses.asdict(self)}
 
 
-def inspect(model: Loadable) -> Inspection:
+def inspect(model: Loadable, *, trainable: bool = False) -> Inspection:
     """Look into a model without changing or running it.
+
+    `trainable`: look, too, which weights a training would reach. That differentiates the graph; a model of an opset
+    before 13 is lifted for it, and run once to see that nothing changed.
 
     Raises:
         ModelError: it cannot be loaded.
@@ -108,7 +115,14 @@ def inspect(model: Loadable) -> Inspection:
         macs=_macs(loaded),
         touchable=_touchable(held),
         provenance=dataclasses.asdict(found) if found is not None else None,
+        trainable=_trainable(loaded) if trainable else None,
     )
+
+
+def _trainable(model: ir.Model) -> Trainable:
+    from onnxcompress.trainable import trainable  # the rules of all operators: a second of imports
+
+    return trainable(model)
 
 
 def _touchable(held: list[Weight]) -> dict[str, Reach]:

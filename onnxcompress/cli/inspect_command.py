@@ -3,27 +3,69 @@
 from __future__ import annotations
 
 import pathlib
-from typing import Any
+import shlex
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from onnxcompress.cli import options
+from onnxcompress.cli import options, running
 from onnxcompress.cli.report import Report, size
 from onnxcompress.inspection import Inspection, Port, inspect
+
+if TYPE_CHECKING:
+    from onnxcompress.trainable import Trainable
+
+MOST_NAMED = 5  # weights in a line of advice
 
 
 @click.command("inspect")
 @click.argument("model", type=options.MODEL)
+@click.option("--trainable", is_flag=True, help="list what distill and train would train, and what stands in the way")
 @options.common_options
-def command(model: pathlib.Path, json_file: pathlib.Path | None, quiet: bool, verbose: bool, **_: Any) -> int:
+def command(
+    model: pathlib.Path, trainable: bool, json_file: pathlib.Path | None, quiet: bool, verbose: bool, **_: Any
+) -> int:
     """What MODEL is, where its bytes are, and what each pass could touch."""
     report = Report(json_file, quiet, verbose)
     report.check(model)
-    found = inspect(model)
+    running.keep_inputs(report, None, models=[model])
+    found = inspect(model, trainable=trainable)
     report.write(found.to_json())
     for line in _lines(found, verbose):
         report.say(line)
+    for line in _trainable(found.trainable, verbose) if found.trainable is not None else ():
+        report.say(line)
     return 0
+
+
+def _trainable(found: Trainable, verbose: bool) -> Iterator[str]:
+    """What a training would do, and the words with which it can be made to."""
+    learned = ", ".join(name if name == logits else f"{name} (by {logits})" for name, logits in found.outputs.items())
+    yield f"what distill and train would train, for {learned or 'no output'}:"
+    numbers = sum(size for parts in found.trained.values() for size in parts.values())
+    yield f"  {len(found.trained)} weights, {numbers:,} numbers"
+    if verbose:
+        for key, parts in found.trained.items():
+            yield f"    {key}: {', '.join(f'{size:,} of {part}' for part, size in parts.items())}"
+    for reason, keys in _by_reason(found.left).items():
+        yield f"  left, {len(keys)} weights: {reason}"
+        if verbose:
+            yield from (f"    {key}" for key in keys)
+    for entry in found.blocked:
+        lost = ", ".join(entry.weights) or "nothing"
+        yield f"  node {entry.node!r} ({entry.operator}) {entry.reason}: cuts off {lost}"
+    if found.cut_off:
+        left_out = " ".join(f"--exclude {shlex.quote(key)}" for key in found.cut_off[:MOST_NAMED])
+        more = f" and {len(found.cut_off) - MOST_NAMED} more" if len(found.cut_off) > MOST_NAMED else ""
+        yield f"  until these are left out, both refuse the model: {left_out}{more}"
+
+
+def _by_reason(left: Mapping[str, str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for key, reason in left.items():
+        found.setdefault(reason, []).append(key)
+    return found
 
 
 def _lines(found: Inspection, verbose: bool) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import random
@@ -213,6 +214,8 @@ def test_killed_within_a_training_it_goes_on_to_the_same_bytes(
     child.kill()
     assert child.wait() == -signal.SIGKILL, "it was done before it could be killed: make it longer"
     assert not out.exists()
+    kept = work / "after.json"
+    finished = len(json.loads(kept.read_text())["steps"]) if kept.exists() else 0
 
     update, count = loop.Loop._update, 0
 
@@ -224,11 +227,11 @@ def test_killed_within_a_training_it_goes_on_to_the_same_bytes(
     monkeypatch.setattr(loop.Loop, "_update", counted)
     done = oc.compress(model, recipe, out=out, calibration=data, resume=True)
     resumed, count = count, 0
-    kept = [step.resumed for step in done.steps]
-    assert kept == ([True, False, False, False] if which == 0 else [True] * 3 + [False] if worth == 0 else [False] * 4)
+    assert [step.resumed for step in done.steps] == [at < finished for at in range(4)]
+    assert finished >= (0 if worth else 3 if which else 1)
     oc.compress(model, recipe, out=folder / "whole.onnx", calibration=data)
     assert count == 10 * 32 + 20 * 32
-    assert resumed < (20 * 32 if which and not worth else count)
+    assert resumed < (20 * 32 if finished >= 2 else count)
     assert out.read_bytes() == (folder / "whole.onnx").read_bytes()
     assert not work.exists()
 
