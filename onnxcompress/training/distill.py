@@ -16,8 +16,10 @@ from onnxcompress.data.batch import Data
 from onnxcompress.errors import PassError
 from onnxcompress.model import bridge
 from onnxcompress.training import feeding, heads, matching, optimizers, samples, step, targets
+from onnxcompress.training.average import Average
 from onnxcompress.training.checkpoint import Checkpoints
 from onnxcompress.training.feeding import Feeder
+from onnxcompress.training.gradual import Gradual, restated, rise
 from onnxcompress.training.loop import Epoch, Loop, Plan
 from onnxcompress.training.result import Trained, told, write
 from onnxcompress.training.runner import Runner
@@ -70,6 +72,7 @@ def distill(
             Teacher(source, [t for _, t in pairs], provider=conditions.provider, threads=conditions.threads)
         )
         chosen = matching.matched(pairs, student, guide, all_samples, objective, size, soft=original is not None)
+        keeping = Keeping(settings.keep_zeros, student, original if reference is None else reference)
         graph = step.build(
             step.forward(student, data.feeds()),
             [target.head.logits for target in chosen],
@@ -82,7 +85,7 @@ def distill(
             batch_statistics=settings.batch_norm == "trained",
             allows=settings.select.allows,
             learn_scales=settings.learn_scales,
-            restate=Keeping(settings.keep_zeros, student, original if reference is None else reference),
+            restate=keeping if settings.sparsity is None else restated(keeping),
         )
         if graph.running and size == 1:
             raise PassError(
@@ -102,6 +105,12 @@ def distill(
         total = plan.steps(all_samples) * plan.epochs
         schedule = Schedule(settings.peak, total, settings.schedule, settings.warmup)
         runner = stack.enter_context(Runner(graph, provider=conditions.provider, threads=conditions.threads))
+        average = gradual = None
+        if settings.ema is not None:
+            average = Average(graph, runner, settings.ema, conditions.provider, conditions.threads)
+            stack.callback(average.close)
+        if settings.sparsity is not None:
+            gradual = Gradual(graph, rise(settings.sparsity, total, settings.sparsity_until))
         history: list[Epoch] = []
 
         def finished(epoch: Epoch) -> None:
@@ -126,6 +135,8 @@ def distill(
             conditions.progress,
             score if evaluation is not None else None,
             finished,
+            average,
+            gradual,
         )
         values = loop.run(resume=conditions.resume)
     losses = {target.head.output: told(target, objective) for target in chosen}

@@ -12,7 +12,9 @@ import numpy as np
 
 from onnxcompress.contract import Progress
 from onnxcompress.errors import PassError
+from onnxcompress.training.average import Average
 from onnxcompress.training.checkpoint import Checkpoint, Checkpoints
+from onnxcompress.training.gradual import Gradual
 from onnxcompress.training.runner import Runner
 from onnxcompress.training.samples import Samples, calls
 from onnxcompress.training.schedules import Schedule
@@ -54,7 +56,11 @@ class Plan:
 
 
 class Loop:
-    """One training. `score`: from parameters by leaf to a score, called after every epoch."""
+    """One training. `score`: from parameters by leaf to a score, called after every epoch.
+
+    `average`: then its values are evaluated and returned. `gradual`: masks that grow; epochs before they are grown are
+    evaluated, but never the best.
+    """
 
     def __init__(
         self,
@@ -68,10 +74,12 @@ class Loop:
         progress: Progress,
         score: Callable[[Mapping[str, np.ndarray]], float] | None = None,
         on_epoch: Callable[[Epoch], None] | None = None,
+        average: Average | None = None,
+        gradual: Gradual | None = None,
     ) -> None:
         self._graph, self._runner, self._samples, self._feeds = graph, runner, samples, feeds
         self._plan, self._schedule, self._checkpoints, self._progress = plan, schedule, checkpoints, progress
-        self._score, self._on_epoch = score, on_epoch
+        self._score, self._on_epoch, self._average, self._gradual = score, on_epoch, average, gradual
         self._at = Checkpoint(0, {})
 
     def run(self, *, resume: bool = False) -> dict[str, np.ndarray]:
@@ -84,7 +92,7 @@ class Loop:
         found = self._checkpoints.load() if resume else None
         if found is not None:
             self._at = found
-            self._runner.write(found.state)
+            self._restore(found.state)
         self._progress.start("training", per_epoch * self._plan.epochs)
         self._progress.step(self._at.step)
         for epoch in range(self._at.step // per_epoch, self._plan.epochs):
@@ -92,7 +100,7 @@ class Loop:
             if self._is_enough():
                 break
         self._progress.done()
-        return self._at.best or self._graph.values(self._runner.read())
+        return self._at.best or self._values()
 
     def _epoch(self, epoch: int, per_epoch: int) -> None:
         began = saved = time.monotonic()
@@ -108,10 +116,12 @@ class Loop:
         self._at.sums = (0.0, 0)
         score = None
         if self._score is not None:
-            parameters = self._graph.values(self._runner.read())
-            score = entry["score"] = self._score(parameters)
-            if self._is_better(score):
-                self._at.best, self._at.score = parameters, score
+            parameters = self._values()
+            score = self._score(parameters)
+            if self._gradual is None or self._gradual.is_reached(self._at.step):
+                entry["score"] = score
+                if self._is_better(score):
+                    self._at.best, self._at.score = parameters, score
         self._at.history.append(entry)
         if epoch + 1 < self._plan.epochs:
             self._keep()
@@ -120,10 +130,14 @@ class Loop:
 
     def _update(self, epoch: int, chosen: Sequence[np.ndarray]) -> None:
         step = self._at.step
+        if self._gradual is not None and self._gradual.rise.is_due(step):
+            self._runner.set_buffers(self._gradual.grow(step, self._graph.values(self._runner.read())))
         feeds = [self._feeds(indices) for indices in chosen]
         loss, norm = self._runner.step(feeds, self._schedule(step), step + 1)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self._stop(epoch, loss, norm)
+        if self._average is not None:
+            self._average.update(step + 1)
         self._at.step = step + 1
         total, count = self._at.sums
         self._at.sums = (total + loss, count + 1)
@@ -131,7 +145,7 @@ class Loop:
 
     def _stop(self, epoch: int, loss: float, norm: float) -> NoReturn:
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
-        self._at.state = self._runner.previous()
+        self._at.state = self._with_others(self._runner.previous())
         self._checkpoints.save(self._at)
         culprit = self._culprit()
         where = f", first in the update of {culprit}" if culprit else ""
@@ -149,9 +163,28 @@ class Loop:
         return ""
 
     def _keep(self) -> None:
-        self._at.state = self._runner.read()
+        self._at.state = self._with_others(self._runner.read())
         self._checkpoints.save(self._at)
         self._at.state = {}
+
+    def _values(self) -> dict[str, np.ndarray]:
+        """What the model is made of as it stands: the averages where there are any."""
+        values = self._average.values() if self._average else self._graph.values(self._runner.read())
+        return values | (self._gradual.masks if self._gradual else {})
+
+    def _with_others(self, state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The runner's state, the averages and the masks."""
+        average = self._average.state() if self._average else {}
+        return {**state, **average, **(self._gradual.masks if self._gradual else {})}
+
+    def _restore(self, state: dict[str, np.ndarray]) -> None:
+        if self._average is not None:
+            self._average.write(state)
+        if self._gradual is not None:
+            self._gradual.masks = {name: state[name] for name in self._gradual.masks}
+            self._runner.set_buffers(self._gradual.masks)
+        others = self._with_others({})
+        self._runner.write({name: array for name, array in state.items() if name not in others})
 
     def _is_better(self, score: float) -> bool:
         if self._at.score is None or math.isnan(self._at.score):

@@ -45,6 +45,11 @@ class Parameter:
     gradient: float = 1.0
 
     @property
+    def mask(self) -> str:
+        """The buffer that holds its mask, where its encoding has one."""
+        return f"buffer/{self.key}/mask"
+
+    @property
     def is_weight(self) -> bool:
         """Whether it holds elements of a layer's weight themselves."""
         return self.layer and self.part in _VALUES

@@ -34,6 +34,9 @@ class Settings:
     statistics as they are, "trained" by those of each batch, and moves the running ones (`batchnorm.track`).
     `keep_zeros`: which zeros of weights are structure and stay (`zeros.Keeping`).
     `learn_scales`: train the scales of quantized weights, too (`scales.gradient_scale`).
+    `sparsity`: the share of zeros that layers' weights are brought to on the way, rising over the first share
+    `sparsity_until` of the steps (`gradual.Rise`); None prunes nothing. `ema`: the decay of an exponential moving
+    average of the parameters, which is then what is evaluated and returned (`average.Average`).
     `outputs`: names of the student's outputs to learn, empty for all. `patience`: see `loop.Plan`.
     """
 
@@ -50,6 +53,9 @@ class Settings:
     batch_norm: BatchNorm | None = None
     keep_zeros: KeepZeros = "auto"
     learn_scales: bool = False
+    sparsity: float | None = None
+    sparsity_until: float = 0.7
+    ema: float | None = None
     seed: int = 0
     outputs: tuple[str, ...] = ()
     patience: int | None = None

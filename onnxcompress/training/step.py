@@ -74,11 +74,16 @@ class TrainingGraph:
         return {} if self.update is None else {_sum(leaf): np.zeros_like(leaf.initial) for leaf in self.leaves}
 
     def trained(self, values: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
-        """Weight key -> part -> array, out of the values of the leaves and of the running statistics."""
+        """Weight key -> part -> array, out of the values of the leaves and of the running statistics.
+
+        Where the values hold a mask, too (gradual pruning), the weight is what it leaves.
+        """
         found: dict[str, dict[str, np.ndarray]] = {}
         for leaf in self.leaves:
             for member, array in leaf.split(values[leaf.name]):
-                found.setdefault(member.key, {})[member.part] = member.stored(array)
+                mask = values.get(member.mask) if member.is_weight else None
+                array = member.stored(array) if mask is None else array * mask
+                found.setdefault(member.key, {})[member.part] = array
         for name in self.running:
             found[Running.key(name)] = {"w": values[name]}
         return found
