@@ -275,7 +275,7 @@ def check_bounds(field: dataclasses.Field[Any], value: Any, where: str) -> None:
         RecipeError: names `where`, the parameter and its bounds.
     """
     choices = field.metadata.get("choices")
-    if choices and value not in choices:
+    if choices and value not in choices and (value is not None or field.default is not None):
         raise RecipeError(f"{where}: {field.name} must be one of {', '.join(map(str, choices))}, not {value!r}")
     for key, (words, holds) in _BOUNDS.items():
         bound = field.metadata.get(key)

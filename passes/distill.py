@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import onnx_ir as ir
 
@@ -11,6 +11,7 @@ from onnxcompress.contract import Coverage, Run, parameter
 from onnxcompress.errors import PassError
 from onnxcompress.model.load import load
 from onnxcompress.passes.training.training import Training
+from onnxcompress.training.targets import FEATURE_LOSSES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,11 @@ class Distill(Training):
     temperature: float | None = parameter(None, "of the soft targets; 4, or the spread of the logits", gt=0)
     alpha: float | None = parameter(None, "share of the labels' loss; 0.1", ge=0, le=1)
     squared: bool = parameter(True, "multiply the soft targets' loss by T^2")
+    features: tuple[str, ...] = parameter((), "a tensor within to match too, NAME or STUDENT=TEACHER")
+    feature_loss: Literal["values", "cosine"] = parameter(
+        "values", "squared error of the features, or 1 - cosine", choices=FEATURE_LOSSES
+    )
+    feature_weight: float = parameter(1.0, "what the features' loss is multiplied by", ge=0)
 
     def lacks(self, run: Run) -> str:
         if self.teacher:

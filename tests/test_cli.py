@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -17,7 +18,7 @@ import onnx
 import pytest
 
 from onnxcompress import __version__
-from onnxcompress.cli import COMMANDS, report
+from onnxcompress.cli import COMMANDS
 from onnxcompress.cli.progress import progress
 from onnxcompress.cli.report import plain, size
 from onnxcompress.contract import Silent
@@ -227,6 +228,31 @@ def test_a_broken_pass_of_a_third_party_does_not_hide_the_others(
     assert code == 0
     assert "zz-broken: pass 'zz-broken' (nowhere.at_all:Pass) cannot be imported" in out
     assert "weight-sharing: " in out
+
+
+@pytest.mark.parametrize(("verb", "name"), [("distill", "distill"), ("train", "finetune")])
+def test_a_training_has_one_set_of_words(verb: str, name: str) -> None:
+    """Python (`Settings`, `Objective`), recipe and command line: the same names and the same defaults."""
+    import importlib
+
+    from onnxcompress.registry import load
+    from onnxcompress.training.settings import Settings
+    from onnxcompress.training.targets import Objective
+
+    python = {f.name: f.default for kind in (Settings, Objective) for f in dataclasses.fields(kind)}
+    recipe = {f.name: f.default for f in dataclasses.fields(load(name))}
+    module = importlib.import_module(f"onnxcompress.cli.{verb}_command")
+    line = {option.name: option.default for option in module.command.params}
+    beside = {"seed", "select", "patience"}  # the run's; --include and --exclude; for what --eval scores
+    soft = {f.name for f in dataclasses.fields(load("distill"))} - {
+        f.name for f in dataclasses.fields(load("finetune"))
+    }
+    wanted = python.keys() - beside - (soft if name == "finetune" else set())
+    assert wanted <= recipe.keys() & line.keys()
+    assert {word: recipe[word] for word in wanted} == {word: python[word] for word in wanted}
+    assert {word: line[word] for word in wanted} == {word: recipe[word] for word in wanted}
+    assert recipe.keys() - wanted == {"select", "data", "provider"} | ({"teacher"} if name == "distill" else set())
+    assert line.keys() >= {"seed", "include", "exclude", "patience", "data", "provider", "evaluate", "metric", "resume"}
 
 
 # Mistakes ---------------------------------------------------------------------------------------------------------

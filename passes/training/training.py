@@ -17,9 +17,10 @@ from onnxcompress.model.weights import weights
 from onnxcompress.training.distill import distill, write
 from onnxcompress.training.optimizers import OPTIMIZERS
 from onnxcompress.training.schedules import KINDS
-from onnxcompress.training.settings import Conditions
+from onnxcompress.training.settings import BATCH_NORMS, Conditions
 from onnxcompress.training.targets import LOSSES
 from onnxcompress.training.words import chosen
+from onnxcompress.training.zeros import KEEP_ZEROS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,17 @@ class Training(Pass):
     )
     warmup: float = parameter(0.05, "share of the steps in which the learning rate rises", ge=0, lt=1)
     clip: float = parameter(1.0, "norm gradients are clipped to; 0 for none", ge=0)
+    ema: float | None = parameter(None, "decay of an average of the weights, which then is the result", gt=0, lt=1)
+    l1: float = parameter(0.0, "penalty on the absolute values of layers' weights", ge=0)
+    batch_norm: Literal["frozen", "trained"] | None = parameter(
+        None, "BatchNormalization by its running statistics, or by those of each batch; frozen", choices=BATCH_NORMS
+    )
+    keep_zeros: Literal["auto", "always", "never"] = parameter(
+        "auto", "zeros that stay: those of pruning, all, or none", choices=KEEP_ZEROS
+    )
+    sparsity: float | None = parameter(None, "share of zeros to bring layers' weights to on the way", ge=0, lt=1)
+    sparsity_until: float = parameter(0.7, "share of the steps in which that share rises", gt=0, le=1)
+    learn_scales: bool = parameter(False, "train the scales of quantized weights, too")
     loss: Literal["auto", "classes", "binary", "values", "cosine"] = parameter(
         "auto", "what the outputs are", choices=LOSSES
     )
@@ -73,7 +85,15 @@ class Training(Pass):
             progress=run.progress,
             identity={"data": data.digest()},
         )
-        done = distill(teacher, model, data, objective=objective, settings=settings, conditions=conditions)
+        done = distill(
+            teacher,
+            model,
+            data,
+            objective=objective,
+            settings=settings,
+            reference=run.original,
+            conditions=conditions,
+        )
         before = {weight.key: weight.nbytes for weight in weights(model)}
         errors = write(model, done.parameters, pathlib.Path(run.work))
         after = {weight.key: weight.nbytes for weight in weights(model)}
