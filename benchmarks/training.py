@@ -133,18 +133,19 @@ def our_step(
     def run() -> float:
         nonlocal count
         count += 1
-        return runner.step([{**feeds, "y": labels, "w": counted}], LR, count)[0]
+        return float(runner.step([{**feeds, "y": labels, "w": counted}], LR, count)[0])
 
     return run
 
 
-def block(step: Step, count: int) -> float:
-    """Seconds a step, the fastest of a few in a row."""
+def block(step: Step, count: int, clock: str) -> float:
+    """Seconds a step, the median of a few in a row."""
     took = []
+    now = time.perf_counter if clock == "wall" else time.process_time
     for _ in range(count):
-        began = time.perf_counter()
+        began = now()
         step()
-        took.append(time.perf_counter() - began)
+        took.append(now() - began)
     return statistics.median(took)
 
 
@@ -156,18 +157,20 @@ def compare(name: str, threads: int, args: argparse.Namespace, folder: pathlib.P
     path = exported(name, args.batch_norm, folder)
     theirs = pytorch(name, batch, threads, args.clip, args.batch_norm)
     mine = ours(path, name, batch, threads, args.clip, args.batch_norm)
-    first = [(mine(), theirs()) for _ in range(3)]
-    apart = max(abs(a - b) / abs(b) for a, b in first)
+    first = (mine(), theirs())
+    apart = abs(first[0] - first[1]) / abs(first[1])
+    for _ in range(3):
+        mine(), theirs()
     a, b = [], []
     for _ in range(args.rounds):
-        a.append(block(mine, args.steps))
-        b.append(block(theirs, args.steps))
+        a.append(block(mine, args.steps, args.clock))
+        b.append(block(theirs, args.steps, args.clock))
     ratios = sorted(x / y for x, y in zip(a, b, strict=True))
     low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
     print(
         f"{name:10s} batch {batch:3d}, {threads} thread{'s' * (threads > 1)}: ours {statistics.median(a) * 1e3:7.2f} ms, "
         f"PyTorch {statistics.median(b) * 1e3:7.2f} ms, ratio {statistics.median(ratios):.3f} ({low:.3f} to {high:.3f}); "
-        f"first losses {apart:.1e} apart",
+        f"first loss {apart:.0e} apart",
         flush=True,
     )
 
@@ -195,6 +198,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int)
     parser.add_argument("--clip", type=float)
     parser.add_argument("--batch-norm", choices=["frozen", "trained"], default="frozen")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: of all threads together")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--side", choices=["ours", "pytorch"], help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -1,0 +1,6 @@
+"""Convolutions of a training step on ONNX Runtime's blocked kernels (NCHWc), which it gives to constant weights only."""
+
+from onnxcompress.training.blocked.layout import block_size
+from onnxcompress.training.blocked.lower import lower
+
+__all__ = ["block_size", "lower"]

@@ -1,0 +1,246 @@
+"""The rewriting of a training graph: convolutions and what lies between them move to the blocked layout.
+
+One walk over the nodes. A convolution's result exists blocked; elementwise nodes follow it there; whoever needs it plain
+gets it reordered once. ONNX Runtime does the same by itself where weights are constants; in training none is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import onnx_ir as ir
+from onnx_ir.passes.common import ShapeInferencePass
+
+from onnxcompress.autodiff.builder import Builder
+from onnxcompress.autodiff.engine import inputs_of
+from onnxcompress.autodiff.rules.convolution import WeightGradient
+from onnxcompress.autodiff.tensor import Tensor
+from onnxcompress.training.blocked import convolutions
+from onnxcompress.training.blocked.layout import DOMAIN, Layout, sizes
+
+FLOAT = ir.DataType.FLOAT
+# Elementwise operators that stay finite on the zeros of channels that were added.
+ELEMENTWISE = {
+    *("Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid", "HardSwish", "Elu", "Selu", "Softplus", "Erf"),
+    *("Add", "Sub", "Mul", "Sum", "Min", "Max", "Neg", "Abs", "Sign", "Identity", "Cast", "Where", "Exp", "Sqrt"),
+    *("Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Equal", "And", "Or", "Not"),
+}
+
+
+def lower(model: ir.Model, shapes: Mapping[str, Sequence[int]], block: int) -> int:
+    """Rewrite `model`, in place, for feeds of these shapes and blocks of `block` channels.
+
+    Returns how many convolutions now run blocked; 0 and an unchanged model (but for declared shapes) where none does.
+    """
+    graph = model.graph
+    if not block or not any(node.op_type == "Conv" for node in graph):
+        return 0
+    settle(model, shapes)
+    return Lowering(model, block).run()
+
+
+def settle(model: ir.Model, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Declare the inputs' shapes and infer all others from them."""
+    for value in model.graph.inputs:
+        if value.name in shapes:
+            value.shape = ir.Shape(shapes[value.name])
+    for node in model.graph:
+        for output in node.outputs:
+            output.shape = None
+    ShapeInferencePass(data_prop=True)(model)
+
+
+class Lowering:
+    """One graph on its way. `blocked`: value -> its blocked form; `gone`: values that exist blocked only."""
+
+    def __init__(self, model: ir.Model, block: int) -> None:
+        self.model = model
+        self.graph = model.graph
+        self.b = Builder(model.graph, model.opset_imports[""])
+        self.layout = Layout(self.b, block)
+        self.blocked: dict[ir.Value, Tensor] = {}
+        self.gone: set[ir.Value] = set()
+        self.weights: dict[tuple[ir.Value, str], Tensor] = {}
+        self.rows: dict[ir.Value, Tensor] = {}
+        self.count = 0
+
+    def run(self) -> int:
+        """Do it; the number of convolutions that moved."""
+        graph = self.graph
+        nodes = list(graph)
+        graph.remove(nodes)
+        for node in nodes:
+            self.b.scope = f"{node.name}/blocked"
+            if self._move(node):
+                for index in range(len(node.inputs)):
+                    node.replace_input_with(index, None)  # what it used is not used by it any more
+                continue
+            for value in inputs_of(node):
+                self.plain(value)
+            graph.append(node)
+        for value in list(graph.outputs):
+            self.plain(value)
+        self.model.opset_imports[DOMAIN] = 1
+        drop_dead(graph)
+        return self.count
+
+    def _move(self, node: ir.Node) -> bool:
+        """Write `node` anew in the blocked layout, where it can be."""
+        if WeightGradient.KEY in node.meta:
+            found = convolutions.weight_gradient(self, node.meta[WeightGradient.KEY])
+            if found is not None:
+                self._stand_in(node.outputs[0], found)
+                return True
+        if node.op_type in ("Conv", "ConvTranspose") and node.domain == "":
+            move = convolutions.conv if node.op_type == "Conv" else convolutions.conv_transpose
+            moved = move(self, node)
+            if moved is not None:
+                self.count += 1
+                self.keep(node.outputs[0], moved)
+            return moved is not None
+        if node.domain == "" and node.op_type in ELEMENTWISE:
+            return self._elementwise(node)
+        if node.domain == "" and node.op_type in ("ReduceSum", "ReduceMean"):
+            return self._reduction(node)
+        return False
+
+    # Values ----------------------------------------------------------------------------------------------------------
+
+    def keep(self, value: ir.Value, moved: Tensor) -> None:
+        """`value` now exists as `moved` alone."""
+        self.blocked[value] = moved
+        self.gone.add(value)
+
+    def plain(self, value: ir.Value | None) -> None:
+        """See to it that `value` can be used as it was."""
+        if value is None or value not in self.gone:
+            return
+        moved = self.blocked[value]
+        kind, channels = value.dtype, sizes(Tensor(self.b, value))[1]
+        b, scope = self.b, self.b.scope
+        found = self.layout.leave(moved if kind == FLOAT else moved.cast(FLOAT), channels)
+        if kind is not None and kind != FLOAT:
+            found = found.cast(kind)
+        b.scope = scope
+        self._stand_in(value, found)
+        self.blocked[found.value] = moved
+
+    def _stand_in(self, value: ir.Value, found: Tensor) -> None:
+        """`found` takes the place of `value` everywhere, its name included."""
+        name = value.name
+        self.gone.discard(value)
+        value.replace_all_uses_with(found.value)
+        for index, output in enumerate(self.graph.outputs):
+            if output is value:
+                self.graph.outputs[index] = found.value
+        value.name = f"{name}/before"
+        found.value.name = name
+
+    def enter(self, value: ir.Value) -> Tensor:
+        """The blocked form of `value`, reordered now if nobody did before."""
+        if value not in self.blocked:
+            self.blocked[value] = self.layout.enter(self.b.wrap(value))
+        return self.blocked[value]
+
+    def channels_last(self, value: ir.Value) -> Tensor:
+        """`value` as [N, H, W, C]."""
+        if value not in self.rows:
+            if value in self.blocked:
+                channels = sizes(Tensor(self.b, value))[1]
+                self.rows[value] = self.layout.channels_last(self.blocked[value], channels)
+            else:
+                self.rows[value] = self.b.wrap(value).transpose([0, 2, 3, 1])
+        return self.rows[value]
+
+    # Between convolutions --------------------------------------------------------------------------------------------
+
+    def _elementwise(self, node: ir.Node) -> bool:
+        """The same node on blocks: on the kernels' shape where all operands are alike, or opened for one a channel."""
+        output = node.outputs[0]
+        if not any(x in self.blocked for x in node.inputs) or len(node.outputs) > 1:
+            return False
+        image = _shape(output)
+        kinds = [self._kind(x, image) for x in node.inputs]
+        if (
+            image is None
+            or "other" in kinds
+            or not any(kind == "image" and x in self.blocked for kind, x in zip(kinds, node.inputs, strict=True))
+        ):
+            return False
+        opened = any(kind in ("channel", "sample") for kind in kinds)
+        operands: list[ir.Value | None] = []
+        for x, kind in zip(node.inputs, kinds, strict=True):
+            if x is None or kind == "scalar":
+                operands.append(x)
+            elif kind == "image":
+                blocks = self.enter(x)
+                operands.append((self.layout.open(blocks) if opened else blocks).value)
+            else:
+                operands.append(self._channelwise(x).value)
+        made = ir.Node("", node.op_type, operands, list(node.attributes.values()), num_outputs=1)
+        made.name = self.b.name(f"{self.b.scope}/{node.op_type}")
+        result = made.outputs[0]
+        result.name, result.dtype = self.b.name(made.name), output.dtype
+        n, c, h, w = image
+        size, whole = self.layout.size, self.layout.padded(c)
+        result.shape = ir.Shape([n, whole // size, h, w, size] if opened else [n, whole, h, w])
+        self.graph.append(made)
+        found = self.b.wrap(result)
+        self.keep(output, self.layout.close(found) if opened else found)
+        return True
+
+    def _kind(self, x: ir.Value | None, image: list[int] | None) -> str:
+        """What an operand is beside an image [N, C, H, W]."""
+        if x is None:
+            return "scalar"
+        shape = _shape(x)
+        if shape is None or image is None or len(image) != 4:
+            return "other"
+        if all(size == 1 for size in shape) and len(shape) <= 4:
+            return "scalar"
+        if shape == image:
+            return "image" if x.dtype == FLOAT or x in self.blocked else "other"
+        if x.dtype != FLOAT or x in self.gone:
+            return "other"
+        padded = [1] * (4 - len(shape)) + shape
+        if padded[1] == image[1] and padded[2:] == [1, 1] and padded[0] in (1, image[0]):
+            return "channel" if padded[0] == 1 else "sample"
+        return "other"
+
+    def _channelwise(self, x: ir.Value) -> Tensor:
+        """[N or 1, C, 1, 1] as [N or 1, C/B, 1, 1, B]."""
+        shape = [1] * (4 - len(_shape(x) or [])) + (_shape(x) or [])
+        flat = self.layout.channels(self.b.wrap(x).reshape(shape[:2]), 1)
+        return flat.reshape([shape[0], self.layout.padded(shape[1]) // self.layout.size, 1, 1, self.layout.size])
+
+    def _reduction(self, node: ir.Node) -> bool:
+        """A sum or mean over all but the channels: over the rows of [N H W, C], which is one pass."""
+        x, output = node.inputs[0], node.outputs[0]
+        shape, result = _shape(x), _shape(output)
+        if x is None or x not in self.blocked or x.dtype != FLOAT or shape is None or result is None or len(shape) != 4:
+            return False
+        if [size for size in result if size != 1] != [size for size in shape[1:2] if size != 1]:
+            return False
+        n, c, h, w = shape
+        rows = self.channels_last(x).reshape([n * h * w, c])
+        found = rows.reduce(node.op_type, [0], keep=False)
+        found.value.shape = ir.Shape([c])
+        self._stand_in(output, found.reshape(result))
+        return True
+
+
+def _shape(value: ir.Value | None) -> list[int] | None:
+    """A value's shape, where every size is known."""
+    if value is None or value.shape is None or not all(isinstance(size, int) for size in value.shape):
+        return None
+    return [int(size) for size in value.shape]
+
+
+def drop_dead(graph: ir.Graph) -> None:
+    """Remove nodes and constants nobody uses."""
+    for node in reversed(list(graph)):
+        if not any(output.uses() or output.is_graph_output() for output in node.outputs):
+            graph.remove(node, safe=True)
+    for name, value in list(graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output() and not value.is_graph_input():
+            del graph.initializers[name]
