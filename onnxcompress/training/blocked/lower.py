@@ -129,10 +129,7 @@ class Lowering:
         """`found` takes the place of `value` everywhere, its name included."""
         name = value.name
         self.gone.discard(value)
-        value.replace_all_uses_with(found.value)
-        for index, output in enumerate(self.graph.outputs):
-            if output is value:
-                self.graph.outputs[index] = found.value
+        value.replace_all_uses_with(found.value, replace_graph_outputs=True)
         value.name = f"{name}/before"
         found.value.name = name
 
