@@ -16,6 +16,7 @@ from onnxcompress.model.weights import weights
 from onnxcompress.numerics.error import relative_rms
 from onnxcompress.training.loop import Epoch
 from onnxcompress.training.targets import Objective, Target
+from onnxcompress.training.ties import untie
 from onnxcompress.training.zeros import FREED
 
 
@@ -40,6 +41,9 @@ def write(
     """Put trained parameters into the encodings of `model`'s weights, in place; the relative change of each weight."""
     errors = {}
     found = {weight.key: weight for weight in weights(model, work)}
+    if not trained.keys() <= found.keys():
+        untie(model)  # as the training did
+        found = {weight.key: weight for weight in weights(model, work)}
     for key, parts in trained.items():
         if key not in found:
             raise PassError(f"the weight {key!r} was lost in training (a bug)")

@@ -8,28 +8,26 @@ Weights are graph inputs, so nothing but standard operators changes them, and an
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
-from onnxcompress import lift as opsets
 from onnxcompress.autodiff.builder import Builder
 from onnxcompress.autodiff.engine import gradients, named, reach
-from onnxcompress.autodiff.prepare import LEAST_OPSET, prepare
+from onnxcompress.autodiff.prepare import prepare
 from onnxcompress.autodiff.tensor import Tensor
 from onnxcompress.encodings.base import Encoding
 from onnxcompress.errors import PassError
-from onnxcompress.model import bridge
 from onnxcompress.model.weights import Weight
 from onnxcompress.training import batchnorm, losses, optimizers, parameters
 from onnxcompress.training.batchnorm import Running
+from onnxcompress.training.narrowing import narrow
+from onnxcompress.training.forward import forward as forward
 from onnxcompress.training.optimizers import Optimizer
 from onnxcompress.training.parameters import Exposed, Leaf
 
 LOSS, NORM, LR, T, SHARE = "train/loss", "train/norm", "train/lr", "train/t", "train/share"
-LIFTED = 17
 NEXT = ".next"
 
 WriteLoss = Callable[["Inputs", Mapping[str, Tensor]], Tensor]
@@ -93,25 +91,6 @@ class TrainingGraph:
         return {name: state[name] for name in (*(leaf.name for leaf in self.leaves), *self.running)}
 
 
-def forward(model: ir.Model, feeder: Iterable[Any]) -> ir.Model:
-    """A copy of `model` that can be trained: opset 13 or later, BatchNormalization by its running statistics.
-
-    Raises:
-        PassError: the opset is too old and cannot be lifted.
-    """
-    copy = bridge.clone(model)
-    opset = copy.opset_imports.get("", 1)
-    if opset < LEAST_OPSET:
-        why = opsets.lift(copy, LIFTED, feeder)
-        if why:
-            raise PassError(f"training needs opset {LEAST_OPSET}, the model has {opset}, and {why}")
-    for node in ir.traversal.RecursiveGraphIterator(copy.graph):
-        if node.op_type == "BatchNormalization" and node.attributes.get_int("training_mode"):
-            node.attributes.add(ir.AttrInt64("training_mode", 0))
-            node.resize_outputs(1)
-    return copy
-
-
 def build(
     model: ir.Model,
     values: Sequence[str],
@@ -166,6 +145,7 @@ def build(
     model.graph.outputs.clear()
     model.graph.outputs.extend([total.value, *(known[name] for name in running.outputs)])
     _drop_dead(model)
+    narrow(model)
     found = gradients(model, {LOSS: None}, [leaf.name for leaf in leaves])
     leaves = [leaf for leaf in leaves if leaf.name in found]
     if not leaves:

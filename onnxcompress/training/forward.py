@@ -1,0 +1,41 @@
+"""The forward pass of a training: a copy of the model in which every weight can be reached."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import onnx_ir as ir
+
+from onnxcompress import lift as opsets
+from onnxcompress.autodiff.prepare import LEAST_OPSET
+from onnxcompress.errors import PassError
+from onnxcompress.model import bridge
+from onnxcompress.training.hoist import hoist
+from onnxcompress.training.ties import untie
+
+LIFTED = 17
+
+
+def forward(model: ir.Model, feeder: Iterable[Any]) -> ir.Model:
+    """A copy of `model` that can be trained: opset 13 or later, BatchNormalization by its running statistics.
+
+    Vectors an exporter merged are weights of their own (`ties.untie`), weights of functions lie in the main graph
+    (`hoist.hoist`).
+
+    Raises:
+        PassError: the opset is too old and cannot be lifted.
+    """
+    copy = bridge.clone(model)
+    opset = copy.opset_imports.get("", 1)
+    if opset < LEAST_OPSET:
+        why = opsets.lift(copy, LIFTED, feeder)
+        if why:
+            raise PassError(f"training needs opset {LEAST_OPSET}, the model has {opset}, and {why}")
+    hoist(copy)
+    untie(copy)
+    for node in ir.traversal.RecursiveGraphIterator(copy.graph):
+        if node.op_type == "BatchNormalization" and node.attributes.get_int("training_mode"):
+            node.attributes.add(ir.AttrInt64("training_mode", 0))
+            node.resize_outputs(1)
+    return copy
