@@ -107,7 +107,6 @@ UNARY: dict[str, Callable[[T], T]] = {
     "Dropout": lambda x: x,
     "Not": torch.logical_not,
     "Size": lambda x: torch.tensor(x.numel()),
-    "Shape": lambda x: torch.tensor(x.shape, dtype=torch.int64),
     "GlobalAveragePool": lambda x: x.mean(tuple(range(2, x.ndim)), keepdim=True),
     "GlobalMaxPool": lambda x: x.amax(tuple(range(2, x.ndim)), keepdim=True),
 }
@@ -249,6 +248,11 @@ def constant(n: Node) -> T:
     return torch.tensor(value, dtype=n.dtype if "float" in name else torch.int64)
 
 
+@op("Shape")
+def shape_(n: Node) -> T:
+    return torch.tensor(list(n[0].shape)[n.attr("start", 0) : n.attr("end")], dtype=torch.int64)
+
+
 @op("ConstantOfShape")
 def constant_of_shape(n: Node) -> T:
     value = numpy_helper.to_array(n.attr("value")) if "value" in n.attributes else np.zeros(1, np.float32)
@@ -260,7 +264,7 @@ def reshape(n: Node) -> T:
     sizes = n.ints(1) or []
     if not n.attr("allowzero", 0):
         sizes = [n[0].shape[i] if size == 0 else size for i, size in enumerate(sizes)]
-    return n[0].reshape(sizes)
+    return n[0].reshape(tuple(sizes))
 
 
 @op("Flatten")
@@ -309,7 +313,7 @@ def slice_(n: Node) -> T:
 
 @op("Pad")
 def pad(n: Node) -> T:
-    """PyTorch lists the last axis first, and its other modes pad the last two axes of four."""
+    """PyTorch lists the last axis first, and its other modes take what has two axes more than are padded."""
     pads, axes = n.ints(1) or [], n.ints(3)
     over = list(range(n[0].ndim)) if axes is None else [a % n[0].ndim for a in axes]
     low, high = [0] * n[0].ndim, [0] * n[0].ndim
@@ -320,9 +324,9 @@ def pad(n: Node) -> T:
         n.attr("mode", "constant")
     ]
     if mode != "constant":
-        assert n[0].ndim == 4
-        assert not any(flat[4:])
-        return F.pad(n[0], flat[:4], mode)
+        last = max(i // 2 + 1 for i, p in enumerate(flat) if p)  # axes; those before them make one
+        y = F.pad(n[0].reshape(1, -1, *n[0].shape[-last:]), flat[: 2 * last], mode)
+        return y.reshape(*n[0].shape[:-last], *y.shape[2:])
     y = F.pad(n[0], flat)
     return y if n[2] is None else y + n[2] * (1 - F.pad(torch.ones_like(n[0]), flat))
 
@@ -377,7 +381,7 @@ def gather(n: Node) -> T:
     if axis == 0 and n[0].ndim == 2 and n[0].is_floating_point():
         return F.embedding(at, n[0])
     found = n[0].index_select(axis, at.reshape(-1))
-    return found.reshape(*n[0].shape[:axis], *at.shape, *n[0].shape[axis + 1 :])
+    return found.reshape((*n[0].shape[:axis], *at.shape, *n[0].shape[axis + 1 :]))
 
 
 @op("GatherElements")
