@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from onnxcompress.autodiff.coverage import coverage
 from onnxcompress.autodiff.engine import named
+from onnxcompress.autodiff.prepare import LEAST_OPSET
 from onnxcompress.data.sizes import candidate_sizes
 from onnxcompress.data.synthetic import synthetic_feeds
 from onnxcompress.errors import DataError, ModelError, OnnxCompressError
@@ -91,7 +92,7 @@ def _forward(model: ir.Model) -> ir.Model:
     Raises:
         OnnxCompressError: it cannot be lifted.
     """
-    if model.opset_imports.get("", 1) >= step.LEAST_OPSET:
+    if model.opset_imports.get("", 1) >= LEAST_OPSET:
         return step.forward(model, [])
     refused: Exception | None = None
     for sizes in candidate_sizes(model):

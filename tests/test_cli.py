@@ -22,8 +22,8 @@ from onnxcompress.cli import COMMANDS
 from onnxcompress.cli.progress import progress
 from onnxcompress.cli.report import plain, size
 from onnxcompress.contract import Silent
-from tests.builders import floats
-from tests.house import BUNDLED_QUICK, MODELS, ROOT, accuracy, bundled, command, split, two_layers
+from tests.builders import floats, graph, info, model, node, tensors
+from tests.house import BUNDLED_QUICK, MODELS, ROOT, accuracy, bundled, command, initializers, split, two_layers
 
 Capture = pytest.CaptureFixture[str]
 PROGRAM = [sys.executable, "-m", "onnxcompress"]
@@ -296,6 +296,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["prune", C, "-o", "o.onnx", "--sparsity", "nan"], "sparsity must be at least 0.0, not nan"),
     (["prune", C, "-o", "o.onnx", "--sparsity", "half"], "'half' is not a valid float"),
     (["prune", C, "-o", "o.onnx", "--scope", "all"], "'global', 'layer'"),
+    (["prune", C, "-o", "o.onnx", "--sparsity", "1.0"], "leaves no weight of the model; give a share below 1"),
     (["quantize", C, "-o", "o.onnx"], "'--mode'"),
     (["quantize", C, "-o", "o.onnx", "--mode", "static"], "needs data: --calibration"),
     (["quantize", C, "-o", "o.onnx", "--mode", "dynamic", "--method", "minmax"], "--method belongs to --mode static"),
@@ -335,6 +336,130 @@ MISTAKES: list[tuple[list[str], str]] = [
 ]
 
 
+S = ["distill", C, C, "-o", "o.onnx"]
+N = ["train", C, "-o", "o.onnx"]
+T = str(split("digits_cnn", "train"))
+
+# What is wrong with models and data of a training; the files are made by `_training_files`.
+TRAINING_MISTAKES: list[tuple[list[str], str]] = [
+    (S, "'--data'"),
+    (["distill", C, "-o", "o.onnx", "--data", T], "'STUDENT'"),
+    (["distill", "nowhere.onnx", C, "-o", "o.onnx", "--data", T], "nowhere.onnx: no such file"),
+    (["distill", C, "text.onnx", "-o", "o.onnx", "--data", T], "text.onnx: is text"),
+    ([*S, "--data", "nowhere.npz"], "nowhere.npz: no such file or folder"),
+    ([*N, "--data", "nowhere.npz"], "nowhere.npz: no such file or folder"),
+    ([*S, "--data", "inputless.npz"], "'image'"),
+    ([*N, "--data", "inputless.npz"], "'image'"),
+    ([*S, "--data", "wide.npz"], "'image'"),
+    ([*S, "--data", T, "--labels", "nowhere"], "'nowhere'"),
+    ([*S, "--data", T, "--map", "image"], "write KEY=INPUT"),
+    ([*S, "--data", T, "--preprocess", "nowhere.yaml"], "nowhere.yaml"),
+    ([*S, "--data", "beyond.npz"], "label 10 of sample 3 is out of range: output 'logits' has classes 0 to 9"),
+    ([*N, "--data", "beyond.npz"], "label 10 of sample 3 is out of range: output 'logits' has classes 0 to 9"),
+    ([*N, "--data", "misfit.npz"], "labels of shape [40, 3] (int64) fit no output: logits"),
+    ([*N, "--data", "unlabelled.npz"], "training without a teacher needs labels"),
+    (["distill", "m.onnx", C, "-o", "o.onnx", "--data", T], "the teacher wants an input 'x' that the student does not"),
+    (["distill", "five.onnx", "m.onnx", "-o", "o.onnx", "--data", "x.npz"], "they do not fit"),
+    (["distill", C, C, "-o", "o.onnx", "--data", T, "--output", "nowhere"], "has no such output, only logits"),
+    (["distill", "trees.onnx", "trees.onnx", "-o", "o.onnx", "--data", "x.npz"], "nothing in it can be trained"),
+    (["train", "trees.onnx", "-o", "o.onnx", "--data", "x.npz"], "nothing in it can be trained"),
+    ([*S, "--data", T, "--include", "nothing*"], "nothing in it can be trained: 62 x not selected"),
+    (["train", "shape.onnx", "-o", "o.onnx", "--data", "x.npz"], "has no output that can be learned"),
+    ([*S, "--data", T, "--epochs", "0"], "--epochs"),
+    ([*S, "--data", T, "--batch", "0"], "--batch"),
+    ([*S, "--data", T, "--lr", "0"], "--lr"),
+    ([*S, "--data", T, "--lr", "nan"], "--lr"),
+    ([*S, "--data", T, "--weight-decay", "inf"], "--weight-decay"),
+    ([*S, "--data", T, "--temperature", "-1"], "--temperature"),
+    ([*S, "--data", T, "--alpha", "1.5"], "--alpha"),
+    ([*S, "--data", T, "--clip", "-1"], "--clip"),
+    ([*S, "--data", T, "--ema", "1"], "--ema"),
+    ([*S, "--data", T, "--l1", "-1"], "--l1"),
+    ([*S, "--data", T, "--optimizer", "adam"], "'adamw', 'sgd'"),
+    ([*S, "--data", T, "--schedule", "cosin"], "'cosine', 'linear', 'step', 'constant'"),
+    ([*S, "--data", T, "--loss", "mse"], "'auto', 'classes', 'binary', 'values', 'cosine'"),
+    ([*S, "--data", T, "--keep-zeros", "yes"], "'auto', 'always', 'never'"),
+    ([*S, "--data", T, "--batch-norm", "off"], "'frozen', 'trained'"),
+    ([*S, "--data", T, "--feature", "nowhere"], "nowhere"),
+    ([*S, "--data", T, "--provider", "tpu"], "tpu"),
+    ([*S, "--data", T, "--eval", E], "--eval and --metric go together"),
+    ([*S, "--data", T, "--metric", "accuracy"], "--eval and --metric go together"),
+    ([*S, "--data", T, "--eval", E, "--metric", "acuracy"], "did you mean 'accuracy'"),
+    ([*N, "--data", T, "--init", "zero"], "'keep', 'random'"),
+    (["distill", "m.onnx", "copy.onnx", "-o", "m.onnx", "--data", "x.npz"], "m.onnx: is the teacher"),
+    (["distill", C, "m.onnx", "-o", "x.npz", "--data", "x.npz"], "x.npz: is also the recipe or data"),
+    (["train", "m.onnx", "-o", "o.onnx", "--data", "x.npz", "--json", "x.npz"], "x.npz: is also the recipe or data"),
+    (
+        ["train", "m.onnx", "-o", "o.onnx", "--data", "data", "--json", "data/x.npy"],
+        "x.npy: is also the recipe or data",
+    ),
+    (["train", "e.onnx", "-o", "o.onnx", "--data", "x.npz", "--json", "e.bin"], "e.bin: holds weights of e.onnx"),
+    (["prune", "e.onnx", "-o", "o.onnx", "--json", "e.bin"], "e.bin: holds weights of e.onnx"),
+    (["inspect", "e.onnx", "--json", "e.bin"], "e.bin: holds weights of e.onnx"),
+    (["validate", "e.onnx", "m.onnx", "--json", "e.bin"], "e.bin: holds weights of e.onnx"),
+    (["compress", C, "-o", "o.onnx", "--recipe", "heal.yaml"], "distill trains and needs data"),
+    (["compress", C, "-o", "o.onnx", "--recipe", "healed"], "distill trains and needs data"),
+    (["compress", C, "-o", "o.onnx", "--recipe", "heal-from.yaml"], "nowhere.npz: no such file"),
+    (["compress", C, "-o", "o.onnx", "--recipe", "rate.yaml"], "lr must be above 0, not 0"),
+]
+
+
+def _training_files(folder: pathlib.Path) -> None:
+    """Models and data in which something does not fit."""
+    with np.load(split("digits_cnn", "train")) as stored:
+        image, y = stored["image"][:40], stored["y"][:40]
+    np.savez(folder / "inputless.npz", picture=image, y=y)
+    np.savez(folder / "wide.npz", image=np.repeat(image, 2, axis=-1), y=y)
+    np.savez(folder / "beyond.npz", image=image, y=np.where(np.arange(40) == 3, 10, y))
+    np.savez(folder / "misfit.npz", image=image, y=np.zeros((40, 3), np.int64))
+    np.savez(folder / "unlabelled.npz", image=image)
+    np.savez(folder / "x.npz", x=floats(40, 16), y=np.arange(40) % 8)
+    (folder / "data").mkdir()
+    np.save(folder / "data" / "x.npy", floats(40, 16))
+    (folder / "copy.onnx").write_bytes((folder / "m.onnx").read_bytes())
+    other = graph([node("MatMul", ["x", "w"], ["y"])], [info("x", ["n", 16])], [info("y", ["n", 5])])
+    other.initializer.extend(tensors(w=floats(16, 5)))
+    (folder / "five.onnx").write_bytes(model(other).SerializeToString())
+    trees = node("LinearRegressor", ["x"], ["y"], domain="ai.onnx.ml", coefficients=[0.5] * 16, intercepts=[0.0])
+    body = graph([trees], [info("x", ["n", 16])], [info("y", ["n", 1])])
+    (folder / "trees.onnx").write_bytes(model(body, domains={"ai.onnx.ml": 3}).SerializeToString())
+    body = graph([node("Shape", ["x"], ["y"])], [info("x", ["n", 16])], [info("y", [2], onnx.TensorProto.INT64)])
+    (folder / "shape.onnx").write_bytes(model(body).SerializeToString())
+    onnx.save(two_layers(), folder / "e.onnx", save_as_external_data=True, location="e.bin", size_threshold=0)
+    (folder / "heal.yaml").write_text("passes: [magnitude-pruning, distill]")
+    (folder / "heal-from.yaml").write_text("passes: [magnitude-pruning, distill: {data: nowhere.npz}]")
+    (folder / "rate.yaml").write_text("passes: [distill: {lr: 0}]")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"), TRAINING_MISTAKES, ids=lambda v: " ".join(v)[-60:] if isinstance(v, list) else ""
+)
+def test_a_mistake_in_a_training_is_one_line_too(
+    arguments: list[str], words: str, here: pathlib.Path, capsys: Capture
+) -> None:
+    _training_files(here)
+    test_a_mistake_is_one_line_exit_2_and_nothing_written(arguments, words, here, capsys)
+
+
+@pytest.mark.parametrize("verb", [["distill", C, C], ["train", C]])
+def test_a_number_in_the_data_that_is_none_is_told_with_the_step(
+    verb: list[str], here: pathlib.Path, capsys: Capture
+) -> None:
+    with np.load(split("digits_cnn", "train")) as stored:
+        image, y = stored["image"][:96].astype(np.float32), stored["y"][:96]
+    image[70, ..., 3] = np.nan
+    np.savez(here / "nan.npz", image=image, y=y)
+    code, _, err = command(capsys, *verb, "-o", "o.onnx", "--data", "nan.npz", "--batch", "32")
+    assert code == 2
+    assert err.count("\n") == 1
+    assert re.search(r"^error: step \d \(epoch 1\): the loss is nan", err)
+    assert "the data holds values that are not finite" in err
+    kept = re.search(r"the last good state is kept in (\S+?);", err)
+    assert kept is not None
+    assert pathlib.Path(kept[1]).is_file()
+    assert not (here / "o.onnx").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"), MISTAKES, ids=lambda v: " ".join(v)[-60:] if isinstance(v, list) else ""
 )
@@ -347,14 +472,14 @@ def test_a_mistake_is_one_line_exit_2_and_nothing_written(
     (here / "binary.yaml").write_bytes(b"\xff\xfe")
     (here / "f.py").write_text("x = 1\n")
     (here / "raises.py").write_text("def raises(outputs, labels):\n    raise ValueError('deep inside')\n")
-    before = {entry.name: entry.read_bytes() for entry in here.iterdir()}
+    before = {entry: entry.read_bytes() for entry in here.rglob("*") if entry.is_file()}
     code, _, err = command(capsys, *arguments)
     assert code == 2
     assert err.count("\n") == 1, err
     assert err.startswith("error: ")
     assert words in err
     assert len(err) < 600
-    left = {entry.name: entry.read_bytes() for entry in here.iterdir() if entry.name != "__pycache__"}
+    left = {e: e.read_bytes() for e in here.rglob("*") if e.is_file() and e.parent.name != "__pycache__"}
     assert left == before
 
 
@@ -466,6 +591,37 @@ def test_python_m_onnxcompress(here: pathlib.Path) -> None:
     assert done.stdout.startswith("6.")
     done = subprocess.run([*PROGRAM, "inspect", "none.onnx"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: none.onnx: no such file\n")
+
+
+def test_streams_that_the_caller_closed_are_no_reason_to_fail(here: pathlib.Path) -> None:
+    line = f"{sys.executable} -m onnxcompress share m.onnx -o o.onnx"
+    for closed in (">&-", "<&- >&- 2>&-"):
+        (here / "o.onnx").unlink(missing_ok=True)
+        done = subprocess.run(["bash", "-c", f"{line} {closed}"], capture_output=True, text=True, check=True)
+        assert set(initializers(here / "o.onnx")) >= {"bias"}, closed
+        told = closed == ">&-"
+        assert done.stderr == (
+            "note: stdout is closed, so that what is found cannot be shown; --json FILE keeps it\n" if told else ""
+        )
+    quiet = subprocess.run(["bash", "-c", f"{line} -q >&-"], capture_output=True, text=True, check=True)
+    assert quiet.stderr == ""
+
+
+def test_a_reader_that_leaves_does_not_stop_the_work(here: pathlib.Path) -> None:
+    given = ["compress", C, "-o", "o.onnx", "--recipe", "small", *JUDGED, "-v"]
+    child = subprocess.Popen(
+        [*PROGRAM, *given],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    assert child.stdout is not None
+    assert child.stderr is not None
+    assert child.stdout.readline().startswith("recipe small")
+    child.stdout.close()
+    assert (child.wait(60), child.stderr.read()) == (0, "")
+    assert accuracy("digits_cnn", here / "o.onnx") > 0.98
 
 
 SLOW = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 
 import click
@@ -76,8 +77,23 @@ def group(ctx: click.Context) -> None:
         ctx.exit(2)
 
 
+def _stand_in() -> None:
+    """Put /dev/null where a caller closed a standard stream (`>&-`), and say so of stdout.
+
+    Else the next file that is opened, a model perhaps, would become the stdout that ONNX Runtime writes to.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    if sys.stdout is None and not {"-q", "--quiet"} & set(sys.argv):
+        click.echo("note: stdout is closed, so that what is found cannot be shown; --json FILE keeps it", err=True)
+
+
 def main() -> None:
     """Entry point: a user's mistake is one line and exit status 2; an interrupt is 130."""
+    _stand_in()
     try:
         code = group.main(prog_name="onnxcompress", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import pathlib
 import types
 import typing
@@ -105,8 +106,16 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> Callable[[F], F]:
     return click.option(name, field.name, type=_type_of(hint, field.metadata), **given)
 
 
+class _Number(click.FloatRange):
+    """A number within bounds, which `nan` and `inf` are not, though Python reads them."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        found = float(super().convert(value, param, ctx))
+        return found if math.isfinite(found) else self.fail(f"{value} is no number.", param, ctx)
+
+
 def _type_of(hint: Any, bounds: Mapping[str, Any]) -> click.ParamType[Any]:
-    if isinstance(hint, types.UnionType):  # X | None
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):  # X | None
         hint = next(part for part in typing.get_args(hint) if part is not types.NoneType)
     if typing.get_origin(hint) is Literal:
         return click.Choice(list(typing.get_args(hint)))
@@ -114,7 +123,7 @@ def _type_of(hint: Any, bounds: Mapping[str, Any]) -> click.ParamType[Any]:
     ends: dict[str, Any] = {"min": low, "max": high, "min_open": "gt" in bounds, "max_open": "lt" in bounds}
     if hint is int:
         return click.IntRange(**ends)
-    return click.FloatRange(**ends) if hint is float else click.STRING
+    return _Number(**ends) if hint is float else click.STRING
 
 
 def reading(

@@ -13,7 +13,7 @@ from onnxcompress.contract import Progress, Silent
 
 def progress(quiet: bool) -> Progress:
     """A bar with an ETA on a terminal, plain lines in a log, nothing when quiet."""
-    if quiet:
+    if quiet or sys.stderr is None:  # closed by the caller
         return Silent()
     return _Bar() if sys.stderr.isatty() else _Lines()
 

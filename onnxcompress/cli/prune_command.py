@@ -50,6 +50,8 @@ def command(
 
     The file becomes smaller with `--storage sparse`, or when it is packed; later passes and training keep the zeros.
     """
+    if sparsity == 1:
+        raise click.UsageError("--sparsity 1 leaves no weight of the model; give a share below 1")
     given = {"sparsity": sparsity, "scope": scope, "storage": storage, "select": options.select_of(include, exclude)}
     chosen = make_pass(registry.load("magnitude-pruning"), given, "prune")
     return running.single_pass(model, out, chosen, Report(json_file, quiet, verbose), **rest)
