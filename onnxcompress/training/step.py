@@ -22,8 +22,8 @@ from onnxcompress.errors import PassError
 from onnxcompress.model.weights import Weight
 from onnxcompress.training import batchnorm, losses, optimizers, parameters
 from onnxcompress.training.batchnorm import Running
-from onnxcompress.training.narrowing import narrow
 from onnxcompress.training.forward import forward as forward
+from onnxcompress.training.narrowing import narrow
 from onnxcompress.training.optimizers import Optimizer
 from onnxcompress.training.parameters import Exposed, Leaf
 
