@@ -51,12 +51,12 @@ def sources(folder: str, root: pathlib.Path = ROOT) -> set[str]:
 
 
 def pass_files() -> set[str]:
-    """The files of passes/ that define a pass: a class with a `name` that is a string, deriving from Pass."""
+    """The files of passes/ that define a pass: a class with a `name` of its own, as no part that passes share has."""
     found = set()
     for path in (ROOT / "passes").glob("*.py"):
         for item in ast.parse(path.read_text()).body:
-            bases = [ast.unparse(base) for base in item.bases] if isinstance(item, ast.ClassDef) else []
-            if "Pass" in bases:
+            own = item.body if isinstance(item, ast.ClassDef) else []
+            if any(isinstance(part, ast.AnnAssign) and ast.unparse(part.target) == "name" for part in own):
                 found.add(path.stem)
     return found
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 
 import click
@@ -82,6 +81,8 @@ def _stand_in() -> None:
 
     Else the next file that is opened, a model perhaps, would become the stdout that ONNX Runtime writes to.
     """
+    import os
+
     for number in range(3):
         try:
             os.fstat(number)
