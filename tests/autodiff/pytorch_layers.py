@@ -146,8 +146,11 @@ def resize(n: Node) -> T:
 
 @layer("LayerNormalization")
 def layer_normalization(n: Node) -> T:
-    axis = n.attr("axis", -1) % n[0].ndim
-    return F.layer_norm(n[0], n[0].shape[axis:], n[1], n[2], n.attr("epsilon", 1e-5))
+    axis, epsilon = n.attr("axis", -1) % n[0].ndim, n.attr("epsilon", 1e-5)
+    y = F.layer_norm(n[0], n[0].shape[axis:], n[1], n[2], epsilon)
+    axes = list(range(axis, n[0].ndim))
+    var, mean = torch.var_mean(n[0], axes, correction=0, keepdim=True)
+    return y, mean, torch.rsqrt(var + epsilon)
 
 
 @layer("BatchNormalization")

@@ -100,6 +100,8 @@ def along_axes() -> Iterator[Case]:
         for axes, keep in (([1], 1), ([0, 2], 0)):
             yield Case(op, x, {"keepdims": keep}, {"axes": ints(*axes)})
         yield Case(op, x, {"keepdims": 0})
+    for op in ("ReduceMax", "ReduceMin"):  # elements that are equal share the gradient
+        yield Case(op, {"x": np.array([[1, 2, 2], [3, 3, 3]], np.float32)}, {"keepdims": 0}, {"axes": ints(1)})
     for exclusive, reverse in ((0, 0), (1, 0), (0, 1), (1, 1)):
         attributes = {"exclusive": exclusive, "reverse": reverse}
         yield Case("CumSum", {"x": floats(3, 4)}, attributes, {"axis": np.int64(1)})
@@ -189,6 +191,8 @@ TRANSPOSED: list[tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = [
     ((1, 4, 3, 3), (4, 2, 2, 3), {"group": 2, "strides": [2, 3]}),
     ((1, 2, 3, 4), (2, 3, 3, 3), {"dilations": [2, 1]}),
     ((1, 2, 3, 4), (2, 3, 3, 3), {"strides": [2, 2], "auto_pad": "SAME_UPPER"}),
+    ((1, 2, 3, 4), (2, 3, 4, 3), {"strides": [2, 2], "auto_pad": "SAME_LOWER"}),
+    ((1, 2, 3, 4), (2, 3, 3, 3), {"strides": [2, 2], "output_shape": [6, 9]}),
     ((2, 3, 5), (3, 2, 3), {"strides": [2]}),
     ((1, 2, 2, 3, 2), (2, 2, 2, 2, 2), {"strides": [1, 2, 1]}),
 ]
@@ -199,12 +203,14 @@ def windows() -> Iterator[Case]:
         for x, w, attributes in table:
             channels = w[0] if op == "Conv" else w[1] * attributes.get("group", 1)
             feeds = {"x": floats(*x), "w": floats(*w, seed=1), "b": floats(channels, seed=2)}
-            yield Case(op, feeds, {**attributes, "kernel_shape": list(w[2:])})
+            dynamic = "output_shape" not in attributes
+            yield Case(op, feeds, {**attributes, "kernel_shape": list(w[2:])}, dynamic=dynamic)
     image = {"x": floats(1, 2, 5, 6)}
     for attributes in (
         {"kernel_shape": [2, 2], "strides": [2, 2]},
         {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [1, 1, 1, 1]},
-        {"kernel_shape": [3, 2], "strides": [2, 2], "ceil_mode": 1},
+        {"kernel_shape": [2, 3], "strides": [2, 2], "ceil_mode": 1},  # windows that hang over
+        {"kernel_shape": [2, 3], "strides": [2, 2], "pads": [1, 1, 1, 1], "ceil_mode": 1},
         {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [1, 0, 0, 1]},
         {"kernel_shape": [3, 3], "strides": [2, 2], "auto_pad": "SAME_UPPER"},
         {"kernel_shape": [2, 3], "auto_pad": "SAME_LOWER"},
@@ -221,6 +227,8 @@ def windows() -> Iterator[Case]:
     yield Case("AveragePool", cube, {"kernel_shape": [2, 2, 2], "strides": [2, 1, 2]})
     for op in ("GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool"):
         yield Case(op, {"x": floats(2, 3, 4, 3)})
+    equal = np.array([[[[1, 2], [2, 0]], [[3, 3], [3, 3]]]], np.float32)
+    yield Case("GlobalMaxPool", {"x": equal})
     places = np.array([[[[5, 7], [13, 15]]]], np.int64)
     yield Case("MaxUnpool", {"x": floats(1, 1, 2, 2)}, {"kernel_shape": [2, 2], "strides": [2, 2]}, {"i": places})
 
@@ -251,6 +259,8 @@ STATISTICS = {"s": floats(3), "b": floats(3, seed=1), "m": floats(3, seed=2), "v
 def normalizations() -> Iterator[Case]:
     yield Case("LayerNormalization", {"x": floats(2, 3, 5), "s": floats(5), "b": floats(5, seed=1)})
     yield Case("LayerNormalization", {"x": floats(2, 3, 4), "s": floats(3, 4)}, {"axis": 1, "epsilon": 1e-2})
+    all_outputs = ("y", "mean", "inverse")
+    yield Case("LayerNormalization", {"x": floats(3, 4), "s": floats(4)}, outputs=all_outputs)
     yield Case("BatchNormalization", {"x": floats(2, 3, 4, 2), **STATISTICS})
     fixed = {name: STATISTICS[name] for name in "mv"}
     moving = {name: STATISTICS[name] for name in "sb"}
@@ -344,7 +354,8 @@ FAMILIES = {
 
 def fake_quantization() -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
     """QuantizeLinear and DequantizeLinear, with values outside the range: the straight-through gradient."""
-    feeds = {"x": np.array([-40.1, -3.3, -0.2, 0.14, 7.7, 60.2], np.float32), "s": np.array(0.25, np.float32)}
+    x = [-40.1, -32.6, -3.3, -0.2, 0.14, 7.7, 30.9, 60.2]  # the zero point decides on which side some are
+    feeds = {"x": np.array(x, np.float32), "s": np.array(0.25, np.float32)}
     nodes = [
         helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
         helper.make_node("DequantizeLinear", ["q", "s", "z"], ["y"]),
