@@ -17,7 +17,7 @@ from onnxcompress.data.specs import input_specs
 from onnxcompress.errors import DataError, MetricError, PassError
 from onnxcompress.model import bridge, provenance
 from onnxcompress.model.load import load, source_of
-from onnxcompress.model.save import save
+from onnxcompress.model.save import refuse_bad_target, save
 from onnxcompress.proof import Prover
 from onnxcompress.resume import workplace
 from onnxcompress.runtime.session import open_session
@@ -63,6 +63,10 @@ def train(
     _check(objective, settings, evaluate, metric)
     model = load(student)
     original = load(teacher) if teacher is not None else None
+    target = pathlib.Path(out)
+    for read in (model, original):
+        if read is not None:
+            refuse_bad_target(target, read)
     specs = input_specs(model)
     options: dict[str, Any] = {"mapping": reading.mapping, "preprocess": reading.preprocess, "labels": reading.labels}
     source = open_data(data, specs, **options, batch=settings.batch, limit=reading.limit, trim=False, last="fill")
@@ -70,7 +74,6 @@ def train(
     identity["init"] = init
     if init == "random":
         randomize(model, settings.seed)
-    target = pathlib.Path(out)
     with workplace(target, identity, resume=resume) as place:
         work = place.state("training") or place.folder
         conditions = Conditions(
