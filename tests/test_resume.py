@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -9,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -16,13 +19,13 @@ import pytest
 
 import onnxcompress as oc
 from onnxcompress import pipeline
-from onnxcompress.contract import Pass
+from onnxcompress.contract import Coverage, Pass, Run
 from onnxcompress.errors import PassError, SaveError
 from onnxcompress.passes.weight_sharing import WeightSharing
 from onnxcompress.recipe import Recipe, Step
 from onnxcompress.resume import Workplace
 from tests.builders import floats
-from tests.house import ROOT, Bad, Scale, Wait, bundled, initializers, split, two_layers
+from tests.house import ROOT, Bad, Scale, Wait, bundled, initializers, split, two_layers, untouched
 
 PASSES: list[Pass] = [Scale(factor=0.5), Scale(factor=0.25), WeightSharing(bits=4)]
 
@@ -242,6 +245,53 @@ def test_quantization_resumes_to_the_same_bytes(folder: pathlib.Path) -> None:
     assert [step.resumed for step in done.steps] == [True, False]
     oc.compress(model, ["simplify", "static-quantization"], out=folder / "whole.onnx", **settings)  # type: ignore[arg-type]
     assert out.read_bytes() == (folder / "whole.onnx").read_bytes()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Halves(Pass):
+    """Works in two halves and keeps the first; is interrupted between them the first time."""
+
+    name: ClassVar[str] = "halves"
+    size: int = 1
+
+    def apply(self, model: ir.Model, run: Run) -> Coverage:
+        assert run.state is not None
+        half = run.state / "half"
+        SEEN.append(half.read_text() if half.exists() else "nothing")
+        if not half.exists():
+            half.write_text(f"half of {self.size}")
+            raise KeyboardInterrupt
+        return Coverage(left=untouched(model))
+
+
+SEEN: list[str] = []
+
+
+def test_a_pass_finds_the_state_it_left_and_no_other(folder: pathlib.Path) -> None:
+    def run(size: int, resume: bool, *before: Pass) -> list[str]:
+        SEEN.clear()
+        with contextlib.suppress(KeyboardInterrupt):
+            oc.compress(folder / "model.onnx", [*before, Halves(size=size)], out=folder / "out.onnx", resume=resume)
+        return SEEN
+
+    work = folder / ".out.onnx.work"
+    assert run(1, False) == ["nothing"]
+    assert Workplace(work, {}).resumable
+    assert run(1, True) == ["half of 1"]
+    assert not work.exists()
+    for size, resume, before, found in (
+        (1, False, (), "nothing"),  # a run without --resume starts over
+        (2, True, (), "nothing"),  # other parameters
+        (2, True, (Scale(factor=0.5),), "nothing"),  # other passes before
+        (2, True, (Scale(factor=0.5),), "half of 2"),
+    ):
+        assert run(size, resume, *before) == [found]
+    assert not work.exists()
+
+
+def test_without_an_output_no_state_is_kept(folder: pathlib.Path) -> None:
+    with pytest.raises(PassError, match="AssertionError"):
+        oc.compress(folder / "model.onnx", [Halves()])
 
 
 def test_targets_that_can_never_be_written_are_refused_before_the_work(folder: pathlib.Path) -> None:
