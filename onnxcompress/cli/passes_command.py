@@ -29,7 +29,7 @@ def command(json_file: pathlib.Path | None, quiet: bool, verbose: bool, **_: Any
     for entry in found:
         report.say(f"{entry['name']}: {entry['error'] or entry['summary']}")
         for p in entry["parameters"]:
-            report.say(f"    {p['name']}: {p['type']} = {p['default']}    {p['doc']}{p['bounds']}")
+            report.say(f"    {p['name']}: {p['type']} = {_shown(p['default'])}    {p['doc']}{p['bounds']}")
     report.say("recipes:")
     for name, words in recipes.items():
         report.say(f"    {name}: {words}")
@@ -45,6 +45,10 @@ def _describe(name: str) -> dict[str, Any]:
     summary = (inspect.getdoc(kind) or "").partition("\n")[0]
     listed = [_parameter(field) for field in dataclasses.fields(kind)]
     return {"name": name, "summary": summary, "parameters": listed, "error": None}
+
+
+def _shown(default: Any) -> str:
+    return "none" if default in ("", "()", None) else str(default)
 
 
 def _parameter(field: dataclasses.Field[Any]) -> dict[str, Any]:

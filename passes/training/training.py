@@ -13,7 +13,7 @@ from onnxcompress.data.batch import Data, FeedsOnly
 from onnxcompress.data.source import open_data
 from onnxcompress.data.specs import input_specs
 from onnxcompress.errors import DataError
-from onnxcompress.model.weights import weights
+from onnxcompress.model.weights import Weight, weights
 from onnxcompress.training.distill import distill, write
 from onnxcompress.training.optimizers import OPTIMIZERS
 from onnxcompress.training.schedules import KINDS
@@ -94,16 +94,26 @@ class Training(Pass):
             reference=run.original,
             conditions=conditions,
         )
-        before = {weight.key: weight.nbytes for weight in weights(model)}
+        before = {weight.key: (weight.nbytes, self._reason(weight)) for weight in weights(model)}
         errors = write(model, done.parameters, pathlib.Path(run.work))
         after = {weight.key: weight.nbytes for weight in weights(model)}
         coverage = Coverage(rewrites={"training steps": done.steps})
-        for key, size in before.items():
+        for key, (size, reason) in before.items():
             if key in errors:
                 coverage.touched.append(Touched(key, size, after[key], errors[key], "trained"))
             else:
-                coverage.left.append(Left(key, size, Reason.ROLE, done.left.get(key, "has no effect on the loss")))
+                coverage.left.append(Left(key, size, reason, done.left.get(key, "has no effect on the loss")))
         return coverage
+
+    def _reason(self, weight: Weight) -> Reason:
+        """Why `weight` is left, if it is."""
+        if not self.select.allows(weight):
+            return Reason.EXCLUDED
+        if weight.attribute is not None:
+            return Reason.ATTRIBUTE
+        if weight.value.is_graph_output():
+            return Reason.GRAPH_OUTPUT
+        return Reason.OVERRIDABLE if weight.overridable else Reason.ROLE
 
     def _data(self, model: ir.Model, run: Run) -> Data:
         if self.data:

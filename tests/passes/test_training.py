@@ -18,7 +18,7 @@ import pytest
 
 import onnxcompress as oc
 from onnxcompress import api, pipeline
-from onnxcompress.contract import Coverage, Run
+from onnxcompress.contract import Coverage, Reason, Run, Select
 from onnxcompress.errors import DataError, ModelError, PassError
 from onnxcompress.model.load import load
 from onnxcompress.model.weights import weights
@@ -173,6 +173,28 @@ def test_prune_distill_share_distill(folder: pathlib.Path) -> None:
     assert len(kinds) == 13
     zeros = sum(int((w.array() == 0).sum()) for w in kinds.values())
     assert zeros >= 0.69 * sum(w.size for w in kinds.values())
+
+
+def test_every_weight_is_touched_or_left_with_its_reason() -> None:
+    given = Distill(epochs=1, select=Select(exclude=("fc*", "*bias")))
+    (step,) = oc.compress(bundled("digits_cnn"), given, calibration=split("digits_cnn", "calib")).steps
+    held = {weight.key: weight for weight in oc.weights(oc.load(bundled("digits_cnn")))}
+    assert step.coverage.keys() == held.keys()
+    reasons = {entry.key: (entry.reason, entry.detail) for entry in step.coverage.left}
+    for key, weight in held.items():
+        if not given.select.allows(weight):
+            assert reasons[key] == (Reason.EXCLUDED, "not selected")
+        elif key.endswith(("running_mean", "running_var")):
+            assert reasons[key] == (Reason.ROLE, "running statistics, measured and not learned")
+        else:
+            assert key not in reasons
+    assert all(touched.error > 0 for touched in step.coverage.touched)
+    assert step.coverage.rewrites == {"training steps": len_of("calib") // 32}
+
+
+def len_of(part: str) -> int:
+    with np.load(split("digits_cnn", part)) as stored:
+        return len(stored["image"])
 
 
 # An interrupted training ------------------------------------------------------------------------------------------
