@@ -680,6 +680,63 @@ def test_ctrl_c_says_what_is_left_and_exits_130(recipe: str, hint: bool, here: p
         assert not work.exists()
 
 
+SLOW_TRAINING = """
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from onnxcompress.training import loop
+loop.SAVED_EVERY = 0.05
+update = loop.Loop._update
+loop.Loop._update = lambda *given: (update(*given), time.sleep(0.005))
+import onnxcompress.cli
+onnxcompress.cli.main()
+"""
+
+
+@pytest.mark.parametrize("with_what", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_distillation_goes_on_to_the_same_bytes(
+    with_what: signal.Signals, here: pathlib.Path, capsys: Capture
+) -> None:
+    command(capsys, "prune", "m.onnx", "-o", "cut.onnx", "--sparsity", "0.6", "-q")
+    np.savez(here / "x.npz", x=floats(256, 16))
+    given = ["distill", "m.onnx", "cut.onnx", "-o", "o.onnx", "--data", "x.npz", "--batch", "8", "--epochs", "8"]
+    child = subprocess.Popen([sys.executable, "-c", SLOW_TRAINING, *given], stderr=subprocess.PIPE, text=True)
+    deadline, work = time.monotonic() + 60, here / ".o.onnx.work"
+    while not list(work.glob("state.*/training.npz")):
+        assert child.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    child.send_signal(with_what)
+    _, err = child.communicate(timeout=30)
+    if with_what == signal.SIGINT:
+        assert child.returncode == 130
+        said = "interrupted, nothing was written; the same command with --resume goes on from the last epoch\n"
+        assert err == said
+    assert not (here / "o.onnx").exists()
+    assert command(capsys, *given, "--resume", "--json", "r.json", "-q") == (0, "", "")
+    assert len(json.loads((here / "r.json").read_text())["epochs"]) <= 8
+    given[given.index("o.onnx")] = "whole.onnx"
+    assert command(capsys, *given, "-q") == (0, "", "")
+    assert (here / "o.onnx").read_bytes() == (here / "whole.onnx").read_bytes()
+    assert names(here) == ["cut.onnx", "m.onnx", "o.onnx", "r.json", "whole.onnx", "x.npz"]
+
+
+@pytest.mark.parametrize("verb", ["distill", "train"])
+def test_a_training_in_the_place_of_its_student(verb: str, here: pathlib.Path, capsys: Capture) -> None:
+    command(capsys, "prune", "m.onnx", "-o", "s.onnx", "--sparsity", "0.6", "-q")
+    np.savez(here / "x.npz", x=floats(64, 16), y=np.arange(64) % 8)
+    before = initializers(here / "s.onnx")
+    models = ["m.onnx", "s.onnx"] if verb == "distill" else ["s.onnx"]
+    code, out, err = command(capsys, verb, *models, "-o", "s.onnx", "--data", "x.npz", "--epochs", "2", "-v")
+    assert (code, err) == (0, "")
+    assert re.search(r"^epoch 2 of 2: loss \d+\.\d+, \d+ s$", out, re.M)
+    assert re.search(r"^    first: changed by 0\.\d+$", out, re.M)
+    after = initializers(here / "s.onnx")
+    for name in ("first", "second"):
+        assert not np.array_equal(before[name], after[name])
+        np.testing.assert_array_equal(after[name][before[name] == 0], 0)
+    assert names(here) == ["m.onnx", "s.onnx", "x.npz"]
+
+
 def test_progress_is_a_bar_on_a_terminal_lines_in_a_log_nothing_when_quiet(
     capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
