@@ -55,6 +55,7 @@ def track(model: ir.Model) -> Running:
         node.resize_outputs(3)
         for at, weight in ((MEAN, mean), (VARIANCE, variance)):
             array = np.array(weight.array())
+            array = array.astype(np.float32) if array.dtype.name in ("float16", "bfloat16") else array
             kind = ir.TensorType(ir.DataType.from_numpy(array.dtype))
             value = ir.Value(name=PREFIX + weight.key, type=kind, shape=ir.Shape(array.shape))
             model.graph.inputs.append(value)
@@ -96,8 +97,8 @@ def _is_own(weight: Weight, model: ir.Model) -> bool:
 def _drop(value: ir.Value) -> None:
     """Take away a constant that nothing uses any more."""
     graph, node = value.graph, value.producer()
-    for use in value.uses():  # through Identity
-        if use.node.op_type == "Identity" and not use.node.outputs[0].uses() and use.node.graph is not None:
+    for use in value.uses():  # behind Identity, or half
+        if use.node.op_type in ("Identity", "Cast") and not use.node.outputs[0].uses() and use.node.graph is not None:
             use.node.graph.remove(use.node, safe=True)
     if value.uses() or not isinstance(graph, ir.Graph):
         return

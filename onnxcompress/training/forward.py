@@ -13,6 +13,7 @@ from onnxcompress.errors import PassError
 from onnxcompress.model import bridge
 from onnxcompress.training.hoist import hoist
 from onnxcompress.training.ties import untie
+from onnxcompress.training.wide import widen
 
 LIFTED = 17
 
@@ -21,7 +22,7 @@ def forward(model: ir.Model, feeder: Iterable[Any]) -> ir.Model:
     """A copy of `model` that can be trained: opset 13 or later, BatchNormalization by its running statistics.
 
     Vectors an exporter merged are weights of their own (`ties.untie`), weights of functions lie in the main graph
-    (`hoist.hoist`).
+    (`hoist.hoist`), and half precision is computed in single (`wide.widen`).
 
     Raises:
         PassError: the opset is too old and cannot be lifted.
@@ -34,6 +35,7 @@ def forward(model: ir.Model, feeder: Iterable[Any]) -> ir.Model:
             raise PassError(f"training needs opset {LEAST_OPSET}, the model has {opset}, and {why}")
     hoist(copy)
     untie(copy)
+    widen(copy)
     for node in ir.traversal.RecursiveGraphIterator(copy.graph):
         if node.op_type == "BatchNormalization" and node.attributes.get_int("training_mode"):
             node.attributes.add(ir.AttrInt64("training_mode", 0))

@@ -103,3 +103,21 @@ def sequences(count: int = 48, longest: int = 9, seed: int = 7) -> dict[str, np.
     lengths = generator.integers(2, longest + 1, count)
     mask = (np.arange(longest) < lengths[:, None]).astype(np.int64)
     return {"input_ids": generator.integers(1, 11, (count, longest)) * mask, "attention_mask": mask}
+
+
+def half(of: onnx.ModelProto) -> onnx.ModelProto:
+    """The same model with weights and computation in float16; inputs and outputs too."""
+    made = onnx.ModelProto()
+    made.CopyFrom(of)
+    for tensor in made.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT:
+            array = onnx.numpy_helper.to_array(tensor).astype(np.float16)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+    for value in (*made.graph.input, *made.graph.output):
+        if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT:
+            value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+    for each in made.graph.node:
+        for attribute in each.attribute:
+            if attribute.name == "to" and attribute.i == onnx.TensorProto.FLOAT:
+                attribute.i = onnx.TensorProto.FLOAT16
+    return made
