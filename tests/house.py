@@ -173,3 +173,26 @@ def command(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, s
     code = ended.value.code
     assert isinstance(code, int)
     return code, captured.out, captured.err
+
+
+PROGRAM = [sys.executable, "-m", "onnxcompress"]
+
+
+def filenames(folder: pathlib.Path) -> list[str]:
+    """What lies in a folder."""
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+def refused(folder: pathlib.Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str) -> None:
+    """Assert that a command says `words` in one line, exits with 2, and leaves every file in `folder` as it was."""
+    (folder / "o.onnx").write_bytes(b"what was there")
+    (folder / "text.onnx").write_text("hello")
+    before = {entry: entry.read_bytes() for entry in folder.rglob("*") if entry.is_file()}
+    code, _, err = command(capsys, *arguments)
+    assert code == 2
+    assert err.count("\n") == 1, err
+    assert err.startswith("error: ")
+    assert words in err
+    assert len(err) < 600
+    left = {e: e.read_bytes() for e in folder.rglob("*") if e.is_file() and e.parent.name != "__pycache__"}
+    assert left == before
