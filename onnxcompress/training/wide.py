@@ -1,4 +1,4 @@
-"""Half precision computed in single for training: gradients underflow in half, and stock ONNX Runtime lacks its kernels.
+"""Half precision computed in single for training: gradients underflow in half, and stock ONNX Runtime lacks kernels.
 
 (ONNX Runtime 1.32 on the CPU has no float16 ScatterND with addition, which is what an embedding's gradient is, and runs
 most float16 operators by casting around each.) Weights are stored in half again when training ends.
