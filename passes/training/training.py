@@ -12,7 +12,7 @@ from onnxcompress.contract import Coverage, Left, Needs, Pass, Reason, Run, Touc
 from onnxcompress.data.batch import Data, FeedsOnly
 from onnxcompress.data.source import open_data
 from onnxcompress.data.specs import input_specs
-from onnxcompress.errors import DataError
+from onnxcompress.errors import DataError, RecipeError
 from onnxcompress.model.weights import Weight, weights
 from onnxcompress.training.distill import distill, write
 from onnxcompress.training.optimizers import OPTIMIZERS
@@ -59,6 +59,16 @@ class Training(Pass):
     smoothing: float = parameter(0.0, "share of a label that goes to all classes alike", ge=0, lt=1)
     outputs: tuple[str, ...] = parameter((), "an output to learn; all where none is given")
     provider: str = parameter("cpu", "where to train: cpu, cuda")
+
+    def __post_init__(self) -> None:
+        """Refuse what has no meaning for single weights.
+
+        Raises:
+            RecipeError: a parameter out of bounds, or overrides.
+        """
+        super().__post_init__()
+        if self.select.overrides:
+            raise RecipeError(f"{self.name}: select: overrides: one training has one setting for all its weights")
 
     def lacks(self, run: Run) -> str:
         if self.data:

@@ -101,6 +101,7 @@ TRAINING_MISTAKES: list[tuple[list[str], str]] = [
     (["compress", C, "-o", "o.onnx", "--recipe", "heal.yaml"], "distill trains and needs data"),
     (["compress", C, "-o", "o.onnx", "--recipe", "healed"], "distill trains and needs data"),
     (["compress", C, "-o", "o.onnx", "--recipe", "heal-from.yaml"], "nowhere.npz: no such file"),
+    (["compress", C, "-o", "o.onnx", "--recipe", "over.yaml"], "one training has one setting for all its weights"),
     (["compress", C, "-o", "o.onnx", "--recipe", "rate.yaml"], "lr must be above 0, not 0"),
 ]
 
@@ -129,6 +130,7 @@ def _training_files(folder: pathlib.Path) -> None:
     onnx.save(two_layers(), folder / "e.onnx", save_as_external_data=True, location="e.bin", size_threshold=0)
     (folder / "heal.yaml").write_text("passes: [magnitude-pruning, distill]")
     (folder / "heal-from.yaml").write_text("passes: [magnitude-pruning, distill: {data: nowhere.npz}]")
+    (folder / "over.yaml").write_text("passes: [distill: {select: {overrides: {fc: {lr: 0.1}}}}]")
     (folder / "rate.yaml").write_text("passes: [distill: {lr: 0}]")
 
 
