@@ -81,7 +81,6 @@ def distill(
             l1=objective.l1,
             clip=settings.clip,
             relative=settings.relative and settings.optimizer == "adamw",
-            accumulate=size is not None and settings.batch > size,
             batch_statistics=settings.batch_norm == "trained",
             allows=settings.select.allows,
             learn_scales=settings.learn_scales,
@@ -94,10 +93,11 @@ def distill(
             )
         chosen = feeding.cached(chosen, pairs, guide, all_samples, size or settings.batch, conditions)
         feeder = Feeder(chosen, {s.output: t.output for s, t in pairs}, guide, all_samples)
+        whole = bool(graph.running) or conditions.provider != "cpu"  # statistics of a batch are of all of it
         plan = Plan(
             settings.epochs,
             max(settings.batch, size or 1) // (size or 1) * (size or 1),
-            size or settings.batch,
+            size or (settings.batch if whole else samples.call_size(settings.batch)),
             settings.seed,
             settings.patience,
             evaluation.higher_is_better if evaluation else True,

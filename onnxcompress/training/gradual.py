@@ -70,8 +70,7 @@ class Gradual:
         self.masks = {
             name: np.array(graph.buffers[name])
             for leaf in graph.leaves
-            for member in leaf.members
-            if member.is_weight and (name := member.mask) in graph.buffers
+            if leaf.is_weight and (name := leaf.mask) in graph.buffers
         }
         if not self.masks:
             raise PassError("gradual pruning: no layer's weight that is trained is stored in a way that it can prune")
@@ -84,12 +83,10 @@ class Gradual:
     def grow(self, step: int, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The masks for this step, from the parameters by leaf."""
         for leaf in self._graph.leaves:
-            if not any(member.mask in self.masks for member in leaf.members):
-                continue
-            for member, array in leaf.split(values[leaf.name]):
-                name = member.mask
-                if name in self.masks:
-                    self.masks[name] = _grown(self.masks[name], array, self.rise.at(step, self._first[name]))
+            name = leaf.mask
+            if name in self.masks:
+                array = values[leaf.name]
+                self.masks[name] = _grown(self.masks[name], array, self.rise.at(step, self._first[name]))
         return self.masks
 
 

@@ -145,7 +145,7 @@ class Loop:
 
     def _stop(self, epoch: int, loss: float, norm: float) -> NoReturn:
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
-        self._at.state = self._with_others(self._runner.previous())
+        self._at.state = self._with_others(self._runner.read())
         self._checkpoints.save(self._at)
         culprit = self._culprit()
         where = f", first in the update of {culprit}" if culprit else ""
@@ -156,11 +156,10 @@ class Loop:
         )
 
     def _culprit(self) -> str:
-        """The first weight whose new value is not finite."""
-        for key, parts in self._graph.trained(self._graph.values(self._runner.read())).items():
-            if not all(np.isfinite(array).all() for array in parts.values()):
-                return key
-        return ""
+        """The first weight whose gradient is not finite."""
+        gradients = self._runner.gradients()
+        found = (leaf.key for leaf in self._graph.leaves if not np.isfinite(gradients[leaf.name]).all())
+        return next(found, "")
 
     def _keep(self) -> None:
         self._at.state = self._with_others(self._runner.read())

@@ -6,14 +6,34 @@ positions. `axis` is that of the classes; `z` are the student's logits, `t` the 
 
 from __future__ import annotations
 
+import onnx_ir as ir
+
 from onnxcompress.autodiff.tensor import Operand, Tensor
+
+TOTAL = ".total"
+LEAST = 1e-6  # of a sum of weights
 
 
 def mean(loss: Tensor, weight: Tensor) -> Tensor:
     """Weighted mean over positions, a scalar; 0 where every weight is 0."""
-    b = loss.b
-    total = b.op("Max", weight.sum(keep=False), b.constant(1e-6, loss.dtype), shape=())
-    return (loss * weight).sum(keep=False) / total
+    return (loss * weight).sum(keep=False) / total(weight)
+
+
+def total(weight: Tensor) -> Tensor:
+    """The sum of the weights, a scalar.
+
+    Where they are fed, their sum is fed, too (`<name>.total`): it is over all calls of a step, so that their losses and
+    gradients add up to those of the whole batch, however its positions are spread over the calls.
+    """
+    b, value = weight.b, weight.value
+    if not value.is_graph_input():
+        return b.op("Max", weight.sum(keep=False), b.constant(LEAST, weight.dtype), shape=())
+    name = f"{value.name}{TOTAL}"
+    found = next((other for other in b.graph.inputs if other.name == name), None)
+    if found is None:
+        found = ir.Value(name=name, type=value.type, shape=ir.Shape([]))
+        b.graph.inputs.append(found)
+    return b.wrap(found)
 
 
 def cross_entropy(z: Tensor, labels: Tensor, weight: Tensor, axis: int, smoothing: float = 0.0) -> Tensor:
@@ -28,6 +48,15 @@ def cross_entropy(z: Tensor, labels: Tensor, weight: Tensor, axis: int, smoothin
         uniform = -logs.reduce("ReduceMean", [axis], keep=False)
         picked = picked * (1 - smoothing) + uniform * smoothing
     return mean(picked, weight)
+
+
+def cross_entropy_of(z: Tensor, labels: Tensor, weight: Tensor, axis: int, smoothing: float = 0.0) -> Tensor:
+    """-sum of label * log softmax(z), for labels that are distributions over the classes, shaped like `z`."""
+    logs = z.b.op("LogSoftmax", z, shape=z.shape, axis=axis)
+    loss = -_sum(logs * labels, axis)
+    if smoothing:
+        loss = loss * (1 - smoothing) - logs.reduce("ReduceMean", [axis], keep=False) * smoothing
+    return mean(loss, weight)
 
 
 def soft_targets(z: Tensor, t: Tensor, weight: Tensor, axis: int, temperature: float, squared: bool = True) -> Tensor:

@@ -1,17 +1,17 @@
-"""Optimizers as nodes of the training graph: new parameters and state out of old ones, the gradient and two scalars.
+"""Optimizers as elementwise nodes over runs of elements: new parameters and state out of old ones and the gradient.
 
-`lr` and `t` (the step, from 1) are graph inputs, so that a schedule needs no new session. `scale` is what clipping
-multiplies every gradient by: it is folded into scalars, so that no gradient is written a second time.
+What changes from step to step comes in as numbers, so that a schedule needs no new session; what of the formula
+depends on them alone is worked out before, in double precision.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
-from onnxcompress.autodiff.builder import Builder
-from onnxcompress.autodiff.tensor import Operand, Tensor
+from onnxcompress.autodiff.tensor import Tensor
 from onnxcompress.errors import OnnxCompressError
 
 
@@ -21,6 +21,8 @@ class AdamW:
 
     m' = b1 m + (1 - b1) g;  v' = b2 v + (1 - b2) g^2;
     w' = (1 - lr decay) w - lr (m' / (1 - b1^t)) / (sqrt(v' / (1 - b2^t)) + eps)
+
+    The state is m / (1 - b1) and v / (1 - b2), which saves a pass through memory for each.
     """
 
     slots: ClassVar[tuple[str, ...]] = ("m", "v")
@@ -29,25 +31,20 @@ class AdamW:
     eps: float = 1e-8
     weight_decay: float = 0.01
 
-    def prepare(self, lr: Tensor, t: Tensor) -> Scalars:
-        """What all parameters share: the step size and epsilon, each with its bias correction."""
-        b = lr.b
-        rest1 = 1 - b.op("Pow", b.constant(self.beta1, lr.dtype), t, shape=())
-        rest2 = (1 - b.op("Pow", b.constant(self.beta2, lr.dtype), t, shape=())).map("Sqrt")
-        return Scalars(lr, lr * rest2 / rest1, rest2 * self.eps)
+    def numbers(self, lr: float, t: int) -> Numbers:
+        """Those of step `t` (from 1)."""
+        rest = math.sqrt((1 - self.beta2**t) / (1 - self.beta2))
+        size = lr * rest * (1 - self.beta1) / (1 - self.beta1**t)
+        return Numbers(size, self.eps * rest, 1 - lr * self.weight_decay, 1.0)
 
-    def update(
-        self, w: Tensor, g: Tensor, state: Sequence[Tensor], shared: Scalars, scale: Tensor | None, decay: bool
-    ) -> tuple[Tensor, list[Tensor]]:
-        """(w', [m', v']) for one parameter; `decay`: whether weight decay applies to it."""
+    def update(self, w: Tensor, g: Tensor, state: Sequence[Tensor], given: Given) -> tuple[Tensor, list[Tensor]]:
+        """(w', [m', v'])."""
         m, v = state
-        first: Operand = 1 - self.beta1 if scale is None else scale * (1 - self.beta1)
-        second: Operand = 1 - self.beta2 if scale is None else scale * scale * (1 - self.beta2)
-        m = m * self.beta1 + g * first
-        v = v * self.beta2 + g * g * second
-        change = m / (v.map("Sqrt") + shared.eps) * shared.size
-        if decay and self.weight_decay:
-            w = w * (1 - shared.lr * self.weight_decay)
+        m = m * self.beta1 + g
+        v = v * self.beta2 + g * g
+        change = m / (v.map("Sqrt") + given.eps) * given.size
+        if self.weight_decay:
+            w = w * given.decay
         return w - change, [m, v]
 
 
@@ -67,32 +64,39 @@ class SGD:
         """The state kept for a parameter."""
         return ("m",) if self.momentum else ()
 
-    def prepare(self, lr: Tensor, t: Tensor) -> Scalars:
-        """What all parameters share."""
-        return Scalars(lr, lr, lr)
+    def numbers(self, lr: float, t: int) -> Numbers:
+        """Those of step `t` (from 1)."""
+        return Numbers(lr, 0.0, self.weight_decay, 0.0)
 
-    def update(
-        self, w: Tensor, g: Tensor, state: Sequence[Tensor], shared: Scalars, scale: Tensor | None, decay: bool
-    ) -> tuple[Tensor, list[Tensor]]:
-        """(w', [m']) for one parameter."""
-        if scale is not None:
-            g = g * scale
-        if decay and self.weight_decay:
-            g = g + w * self.weight_decay
+    def update(self, w: Tensor, g: Tensor, state: Sequence[Tensor], given: Given) -> tuple[Tensor, list[Tensor]]:
+        """(w', [m'])."""
+        if self.weight_decay:
+            g = g + w * given.decay
         if not self.momentum:
-            return w - g * shared.lr, []
+            return w - g * given.size, []
         m = state[0] * self.momentum + g
         along = g + m * self.momentum if self.nesterov else m
-        return w - along * shared.lr, [m]
+        return w - along * given.size, [m]
 
 
 @dataclasses.dataclass(frozen=True)
-class Scalars:
-    """Scalars of a step: the learning rate, and AdamW's corrected step size and epsilon."""
+class Numbers:
+    """What a step is made with: its size, AdamW's epsilon in the units of its state, and the factor by which weights
+    that decay take part, `still` for those that do not."""
 
-    lr: Tensor
+    size: float
+    eps: float
+    decay: float
+    still: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """The same as tensors, for one run of elements: scalars, or `size` one an element."""
+
     size: Tensor
     eps: Tensor
+    decay: Tensor
 
 
 Optimizer = AdamW | SGD
@@ -113,13 +117,6 @@ def named(name: str, weight_decay: float | None = None, momentum: float = 0.9) -
     raise OnnxCompressError(f"--optimizer {name}: known: {', '.join(OPTIMIZERS)}")
 
 
-def norm(b: Builder, gradients: Sequence[Tensor]) -> Tensor:
-    """The 2-norm of all gradients together, a scalar."""
-    squares = [b.op("ReduceSumSquare", g, shape=(), keepdims=0) for g in gradients]
-    return b.sum(squares).map("Sqrt")
-
-
-def clip_scale(total: Tensor, limit: float) -> Tensor:
+def clip_scale(norm: float, limit: float | None) -> float:
     """min(1, limit / norm): what brings gradients of this norm down to `limit` (Pascanu et al., 2013)."""
-    b = total.b
-    return b.op("Min", b.constant(1.0, total.dtype), limit / (total + 1e-6), shape=())
+    return 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))

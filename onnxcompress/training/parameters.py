@@ -1,13 +1,9 @@
-"""What of a model is trained: its weights, replaced by the training form of their encodings and fed as graph inputs.
-
-Small parameters share one packed input each for those with and without weight decay: an optimizer step is a dozen
-elementwise nodes a tensor, and their overhead would cost more than their work.
-"""
+"""What of a model is trained: its weights, replaced by the training form of their encodings and fed as graph inputs."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,7 +16,6 @@ from onnxcompress.model.weights import Weight, weights
 from onnxcompress.numerics.transforms import is_transform
 from onnxcompress.training import scales
 
-PACKED = 1 << 14  # elements below which a parameter is packed with others
 REFERENCE_RMS, LEAST_STEP, LARGEST_STEP = 0.05, 0.01, 4.0
 _HALF = {"float16", "bfloat16"}
 _VALUES = ("w", "values", "freed")  # parts that hold elements of the weight itself
@@ -43,6 +38,11 @@ class Parameter:
     decay: bool
     layer: bool
     gradient: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """The graph input that it is."""
+        return self.value.name or ""
 
     @property
     def mask(self) -> str:
@@ -73,38 +73,6 @@ class Parameter:
         if self.part == "scale":
             return rms
         return min(max(rms / REFERENCE_RMS, LEAST_STEP), LARGEST_STEP)
-
-
-@dataclasses.dataclass(frozen=True)
-class Leaf:
-    """One graph input that holds parameters: a single one in its shape, or several, flat, one after another."""
-
-    name: str
-    initial: np.ndarray
-    members: tuple[Parameter, ...]
-    decay: bool
-
-    def relative(self) -> np.ndarray:
-        """Factors of the step size (see `Parameter.relative`): a scalar, or one an element where several are packed."""
-        factors = [member.relative for member in self.members]
-        if len(set(factors)) == 1:
-            return np.array(factors[0], self.initial.dtype)
-        return np.repeat(factors, [member.initial.size for member in self.members]).astype(self.initial.dtype)
-
-    def gradient(self) -> np.ndarray:
-        """Factors of the gradient: a scalar, or one an element where several are packed."""
-        factors = [member.gradient for member in self.members]
-        if len(set(factors)) == 1:
-            return np.array(factors[0], self.initial.dtype)
-        return np.repeat(factors, [member.initial.size for member in self.members]).astype(self.initial.dtype)
-
-    def split(self, array: np.ndarray) -> Iterator[tuple[Parameter, np.ndarray]]:
-        """The parameters in `array`, a value of this leaf."""
-        at = 0
-        flat = array.reshape(-1)
-        for member in self.members:
-            yield member, flat[at : at + member.initial.size].reshape(member.initial.shape)
-            at += member.initial.size
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -249,49 +217,6 @@ def behind_weights(model: ir.Model, found: Sequence[Weight]) -> set[int]:
         if after or id(node) in layers:
             reached.update(id(v) for v in node.outputs)
     return behind
-
-
-def pack(model: ir.Model, parameters: Sequence[Parameter]) -> list[Leaf]:
-    """Make the parameters graph inputs of `model`: large ones by themselves, small ones cut out of one flat input."""
-    leaves: list[Leaf] = []
-    groups: dict[tuple[Any, bool], list[Parameter]] = {}
-    for parameter in parameters:
-        if parameter.initial.size >= PACKED:
-            leaves.append(Leaf(parameter.value.name or "", parameter.initial, (parameter,), parameter.decay))
-            model.graph.inputs.append(parameter.value)
-        else:
-            groups.setdefault((parameter.initial.dtype, parameter.decay), []).append(parameter)
-    for (_, decay), members in groups.items():
-        flat = np.concatenate([member.initial.reshape(-1) for member in members])
-        leaf = Leaf(f"parameter/packed.{len(leaves)}", flat, tuple(members), decay)
-        _unpack(model, leaf)
-        leaves.append(leaf)
-    return leaves
-
-
-def _unpack(model: ir.Model, leaf: Leaf) -> None:
-    """Split and Reshape nodes at the start of the graph."""
-    graph = model.graph
-    value = _input(leaf.name, leaf.initial)
-    graph.inputs.append(value)
-
-    def constant(name: str, numbers: Sequence[int]) -> ir.Value:
-        tensor = ir.tensor(np.array(numbers, np.int64), name=name)
-        made = ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape([len(numbers)]))
-        graph.register_initializer(made)
-        return made
-
-    sizes = constant(f"{leaf.name}/sizes", [member.initial.size for member in leaf.members])
-    pieces, nodes = [], []
-    for member in leaf.members:
-        flat = member.initial.ndim == 1
-        piece = member.value if flat else ir.Value(name=f"{member.value.name}/flat")
-        pieces.append(piece)
-        if not flat:
-            shape = constant(f"{member.value.name}/shape", member.initial.shape)
-            nodes.append(ir.Node("", "Reshape", [piece, shape], outputs=[member.value]))
-    split = ir.Node("", "Split", [value, sizes], [ir.AttrInt64("axis", 0)], outputs=pieces)
-    graph.insert_before(graph[0], [split, *nodes])
 
 
 def _input(name: str, array: np.ndarray) -> ir.Value:

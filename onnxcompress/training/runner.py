@@ -1,13 +1,17 @@
-"""Runs training steps: state stays on the device and swaps between two sets of buffers.
+"""Runs training steps: gradients of the calls a batch comes in, several at a time, then the optimizer's step.
 
-ONNX Runtime may write an output before it has read an input, so no buffer is ever both: a step reads one set and writes
-the other. The bindings of both directions are made once; a step only binds its feeds.
+The calls of a step are dealt out to lanes, each with a gradient of its own; how many lanes there are follows from the
+number of calls alone and each runs on one thread, so that the result does not depend on how many threads run them.
+State stays on the device.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
+import functools
+import math
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,10 +19,17 @@ import onnx_ir as ir
 
 from onnxcompress.errors import ModelError
 from onnxcompress.runtime.session import first_line, onnxruntime, open_session
-from onnxcompress.training.step import LOSS, LR, NEXT, NORM, SHARE, T, TrainingGraph
+from onnxcompress.training.lanes import Feeds, Lane
+from onnxcompress.training.losses import LEAST, TOTAL
+from onnxcompress.training.optimizers import clip_scale
+from onnxcompress.training.parameters import Parameter
+from onnxcompress.training.step import NEXT, SHARE, TrainingGraph
+from onnxcompress.training.storage import Buffer, Layout, View
+from onnxcompress.training.update import Store
 
 # Fake quantization of weights must stay a pair of nodes; spinning would burn the other cores between short steps.
 _CONFIG = {"session.disable_quant_qdq": "1"}
+LANES = 4  # at most: each holds a gradient
 
 
 class Bound:
@@ -46,7 +57,7 @@ class Bound:
         self._constants = {name: self._on_device(array) for name, array in constants.items() if name in self._inputs}
         self._bindings = [self._bind(self._sets[i], self._sets[1 - i]) for i in range(2)]
 
-    def run(self, feeds: Mapping[str, np.ndarray], others: Mapping[str, Any] | None = None) -> dict[str, np.ndarray]:
+    def run(self, feeds: Mapping[str, np.ndarray], others: Mapping[str, View] | None = None) -> dict[str, np.ndarray]:
         """One step. `others`: device values of inputs that are another's state.
 
         Raises:
@@ -56,9 +67,9 @@ class Bound:
         for name, array in feeds.items():
             if name in self._inputs:
                 binding.bind_cpu_input(name, np.ascontiguousarray(array))
-        for name, value in (others or {}).items():
+        for name, view in (others or {}).items():
             if name in self._inputs:
-                binding.bind_ortvalue_input(name, value)
+                view.bind_input(binding, name)
         for name in self._results:
             binding.bind_output(name, "cpu")
         try:
@@ -113,74 +124,135 @@ class Bound:
 
 
 class Runner:
-    """Steps of one training graph on one provider; gradients are summed over several calls where the graph says so."""
+    """Steps of one training graph on one provider, on `threads` threads."""
 
     def __init__(self, graph: TrainingGraph, *, provider: str = "cpu", threads: int = 1) -> None:
         self._graph = graph
-        self._before: dict[str, np.ndarray] = {}  # running statistics at the begin of a step of several calls
-        state = {**{leaf.name: leaf.initial for leaf in graph.leaves}, **graph.state}
-        if graph.update is None:
-            state |= graph.running
-            self._step = Bound(graph.model, state, graph.buffers, [LOSS, NORM], provider, threads)
-            self._sum: Bound | None = None
-        else:
-            self._sum = Bound(graph.model, graph.sums | graph.running, graph.buffers, [LOSS], provider, threads)
-            self._step = Bound(graph.update, state, {}, [NORM], provider, threads)
+        self._session = open_session(graph.model, provider=provider, threads=1, config=_CONFIG)
+        self._device = "cuda" if "CUDAExecutionProvider" in self._session.providers else "cpu"
+        self._known = {port.name for port in self._session.inputs}
+        self._totals = [name for name in self._known if name.endswith(TOTAL)]
+        by_type: dict[str, list[Parameter]] = {}
+        for leaf in graph.leaves:
+            by_type.setdefault(leaf.initial.dtype.name, []).append(leaf)
+        options = {"clips": graph.clip is not None, "relative": graph.relative}
+        self._stores = [
+            Store(leaves, graph.optimizer, **options, provider=provider, device=self._device)
+            for leaves in by_type.values()
+        ]
+        self._constants = {name: self._on_device(array) for name, array in graph.buffers.items()}
+        self._running = Running(graph.running, self._device)
+        self._lanes: list[Lane] = []
+        self._threads = threads
+        self._pool = concurrent.futures.ThreadPoolExecutor(threads) if threads > 1 else None
 
-    def step(self, calls: Sequence[Mapping[str, np.ndarray]], lr: float, t: int) -> tuple[float, float]:
-        """One update from one or several calls' feeds; `t` counts from 1. Returns the loss and the gradient's norm."""
-        scalars = {LR: np.array(lr, np.float32), T: np.array(t, np.float32)}
-        if self._sum is None:
-            (feeds,) = calls
-            found = self._step.run({**feeds, **scalars})
-            return float(found[LOSS]), float(found[NORM])
-        self._before = self._running()
-        self._sum.write(self._graph.sums)
-        share, loss = np.array(1.0 / len(calls), np.float32), 0.0
-        parameters = {leaf.name: self._step.values[leaf.name] for leaf in self._graph.leaves}
-        for feeds in calls:
-            loss += float(self._sum.run({**feeds, SHARE: share}, parameters)[LOSS]) / len(calls)
-        found = self._step.run(scalars, self._sum.values)
-        return loss, float(found[NORM])
+    def step(self, calls: Sequence[Feeds], lr: float, t: int) -> tuple[float, float]:
+        """One update from one or several calls' feeds; `t` counts from 1. Returns the loss and the gradient's norm.
+
+        Nothing changes where one of them is not finite.
+
+        Raises:
+            ModelError: a node failed.
+        """
+        lanes = self._prepared(len(calls))
+        feeds = [{**call, **self._shared(calls)} for call in calls]
+        before = self._running.read()
+        losses: list[list[float]] = [[] for _ in lanes]
+
+        def run(index: int) -> None:
+            losses[index] = lanes[index].run(feeds[index :: len(lanes)], self._running.now)
+
+        self._work([functools.partial(run, index) for index in range(len(lanes))])
+        self._running.moved(len(calls))
+        self._work([work for store in self._stores for work in store.sums()])
+        loss = math.fsum(part for found in losses for part in found)
+        norm = math.sqrt(sum(store.square for store in self._stores))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self._running.write(before)
+            return loss, norm
+        numbers, scale = self._graph.optimizer.numbers(lr, t), clip_scale(norm, self._graph.clip)
+        self._work([work for store in self._stores for work in store.steps(numbers, scale)])
+        return loss, norm
 
     @property
-    def values(self) -> dict[str, Any]:
+    def values(self) -> dict[str, View]:
         """Parameters and running statistics as they stand, on the device."""
-        found = self._step.values if self._sum is None else {**self._step.values, **self._sum.values}
-        return {name: found[name] for name in (*(leaf.name for leaf in self._graph.leaves), *self._graph.running)}
+        return {**self._running.views, **{n: v for store in self._stores for n, v in store.values.items()}}
 
     def read(self) -> dict[str, np.ndarray]:
         """Parameters, optimizer state and running statistics by input name."""
-        return {**self._step.read(), **self._running()}
+        found = {name: array for store in self._stores for name, array in store.read().items()}
+        return found | self._running.read()
 
-    def previous(self) -> dict[str, np.ndarray]:
-        """The same as it was before the last step."""
-        return {**self._step.previous(), **self._before}
+    def gradients(self) -> dict[str, np.ndarray]:
+        """Those of the last step, by the parameter's name, before clipping."""
+        if not self._lanes:
+            return {}
+        pairs = zip(self._stores, self._lanes[0].gradients, strict=True)
+        return {name: array for store, buffer in pairs for name, array in store.layout.split(buffer.read()).items()}
 
     def write(self, state: Mapping[str, np.ndarray]) -> None:
         """Go on from a state that `read` gave."""
-        apart = self._graph.running if self._sum is not None else {}
-        self._step.write({name: array for name, array in state.items() if name not in apart})
-        if self._sum is not None:
-            self._sum.write({name: array for name, array in state.items() if name in apart})
+        for store in self._stores:
+            store.write(state)
+        self._running.write(state)
 
     def set_buffers(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Change buffers (masks), which stay in a step: a schedule needs no new session."""
-        for bound in (self._step, self._sum):
-            if bound is not None:
-                bound.set_constants(arrays)
-
-    def _running(self) -> dict[str, np.ndarray]:
-        """Running statistics that are kept apart from the parameters."""
-        if self._sum is None:
-            return {}
-        return {name: np.array(self._sum.values[name].numpy()) for name in self._graph.running}
+        for name, array in arrays.items():
+            if name in self._constants:
+                self._constants[name].update_inplace(np.ascontiguousarray(array))
 
     def close(self) -> None:
         """Release the sessions."""
-        self._step.close()
-        if self._sum is not None:
-            self._sum.close()
+        if self._pool is not None:
+            self._pool.shutdown()
+        self._lanes = []
+        for store in self._stores:
+            store.close()
+        self._session.close()
+
+    def _prepared(self, calls: int) -> list[Lane]:
+        """The lanes for a step of so many calls."""
+        count = 1 if self._graph.running else min(calls, LANES)
+        if len(self._lanes) != count:
+            inputs = [self._constants | self.values for _ in range(2 if self._graph.running else 1)]
+            outputs: list[dict[str, View]] = [{}]
+            if self._graph.running:
+                outputs = [{}, {}]
+                for now in range(2):
+                    inputs[now] |= self._running.sets[now]
+                    outputs[now] = {name + NEXT: view for name, view in self._running.sets[1 - now].items()}
+            self._lanes = [Lane(self._graph, self._session, self._stores, inputs, outputs) for _ in range(count)]
+            for index, store in enumerate(self._stores):
+                store.bind([lane.gradients[index] for lane in self._lanes])
+        return self._lanes
+
+    def _shared(self, calls: Sequence[Feeds]) -> dict[str, np.ndarray]:
+        """What all calls of a step are fed with: by what their losses are divided, and which share of it each is."""
+        found = {SHARE: np.array(1 / len(calls), np.float32)}
+        for name in self._totals:
+            weights = [np.asarray(call[name.removesuffix(TOTAL)]) for call in calls]
+            total = sum(float(weight.sum(dtype=np.float64)) for weight in weights)
+            found[name] = np.array(max(total, LEAST), weights[0].dtype)
+        return found
+
+    def _work(self, pieces: Sequence[Callable[[], None]]) -> None:
+        """Do independent pieces of work, as many at a time as there are threads."""
+        workers = min(self._threads, len(pieces))
+        if self._pool is None or workers < 2:
+            for piece in pieces:
+                piece()
+            return
+
+        def share(index: int) -> None:
+            for piece in pieces[index::workers]:
+                piece()
+
+        list(self._pool.map(share, range(workers)))
+
+    def _on_device(self, array: np.ndarray) -> Any:
+        return onnxruntime().OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array).copy(), self._device, 0)
 
     def __enter__(self) -> Runner:
         return self
@@ -189,3 +261,34 @@ class Runner:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
     ) -> None:
         self.close()
+
+
+class Running:
+    """State that the forward pass itself moves, in two buffers that swap."""
+
+    def __init__(self, initial: Mapping[str, np.ndarray], device: str) -> None:
+        self._layout = Layout.of({name: array.shape for name, array in initial.items()})
+        kinds = {array.dtype for array in initial.values()} or {np.dtype(np.float32)}
+        self._buffers = [Buffer(self._layout.size, max(kinds), device) for _ in range(2)]
+        self.sets = [self._layout.views(buffer) for buffer in self._buffers]
+        self.now = 0
+        self.write(initial)
+
+    @property
+    def views(self) -> dict[str, View]:
+        """As it stands, on the device."""
+        return self.sets[self.now]
+
+    def moved(self, calls: int) -> None:
+        """So many calls have swapped the buffers."""
+        self.now = (self.now + calls) % 2
+
+    def read(self) -> dict[str, np.ndarray]:
+        """As it stands, by name."""
+        return self._layout.split(self._buffers[self.now].read())
+
+    def write(self, state: Mapping[str, np.ndarray]) -> None:
+        """Set what of `state` is its own."""
+        buffer = self._buffers[self.now]
+        mine = {name: state[name] for name in self._layout.starts if name in state}
+        buffer.write(self._layout.joined(mine, buffer.read()))

@@ -123,6 +123,15 @@ class _Store:
             raise DataError(f"input {self._name!r}: samples differ in shape; bring them to one") from error
 
 
+def call_size(batch: int) -> int:
+    """How many of `batch` samples one call takes where it may take any number: a half from 16 on, a quarter from 64.
+
+    Calls run side by side, each on one thread, where several threads of one call gain little (ONNX Runtime 1.32). The
+    number follows from the batch and not from the threads, so that a result does not depend on the machine.
+    """
+    return -(-batch // (4 if batch >= 64 else 2 if batch >= 16 else 1))
+
+
 def calls(order: np.ndarray, batch: int, size: int) -> Iterator[list[np.ndarray]]:
     """The indices of an epoch's updates: `batch` samples each, in calls of at most `size`; a rest that fills no batch
     waits for another epoch's order."""

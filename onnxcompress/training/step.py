@@ -1,8 +1,8 @@
-"""One training step as one ordinary ONNX graph: forward, loss, gradients, clipping, update.
+"""What one training step computes, as an ordinary ONNX graph: forward, loss, gradients.
 
-    feeds, targets, parameters, state, buffers, lr, t  ->  loss, norm, new parameters, new state
+    feeds, targets, parameters, buffers  ->  loss, gradients
 
-Weights are graph inputs, so nothing but standard operators changes them, and any ONNX Runtime runs it.
+Weights are graph inputs, and any ONNX Runtime runs it. What is made of the gradients is in `update`.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from onnxcompress.autodiff.tensor import Tensor
 from onnxcompress.encodings.base import Encoding
 from onnxcompress.errors import PassError
 from onnxcompress.model.weights import Weight
-from onnxcompress.training import batchnorm, losses, optimizers, parameters
+from onnxcompress.training import batchnorm, losses, parameters
 from onnxcompress.training.batchnorm import Running
 from onnxcompress.training.forward import forward as forward
 from onnxcompress.training.narrowing import narrow
 from onnxcompress.training.optimizers import Optimizer
-from onnxcompress.training.parameters import Exposed, Leaf
+from onnxcompress.training.parameters import Exposed, Parameter
 
-LOSS, NORM, LR, T, SHARE = "train/loss", "train/norm", "train/lr", "train/t", "train/share"
+LOSS, SHARE, GRADIENT = "train/loss", "train/share", "gradient/"
 NEXT = ".next"
+_RESHAPING = {"Flatten", "Reshape", "Squeeze", "Unsqueeze"}
 
 WriteLoss = Callable[["Inputs", Mapping[str, Tensor]], Tensor]
 """Writes the loss: from a way to declare inputs and the values asked for by name, to a scalar."""
@@ -52,24 +53,22 @@ class Inputs:
 class TrainingGraph:
     """A step, built.
 
-    `model`: the whole step; or, with `update`, only what adds a share of the gradient to sums (`gradient/...`), and
-    `update` is the optimizer's step from those sums. `leaves`: the parameters as graph inputs. `state`: the optimizer's
-    inputs with what they start from. `buffers`: inputs that stay. `left`: weights that are not trained and why.
-    `running`: state that the forward pass itself moves (statistics of normalizations), with what it starts from.
+    `model`: gives the loss and the gradients, `gradient/...` shaped as in `shapes`; both are a share of those of the
+    batch where a call holds a share of it. `leaves`: the parameters as graph inputs. `buffers`: inputs that stay.
+    `left`: weights that are not trained and why. `running`: state that the forward pass itself moves (statistics of
+    normalizations), with what it starts from; the next value of an input is the output `<input>.next`. The rest says
+    what is made of the gradients.
     """
 
     model: ir.Model
-    update: ir.Model | None
-    leaves: list[Leaf]
-    state: dict[str, np.ndarray]
+    leaves: list[Parameter]
+    shapes: dict[str, tuple[int, ...]]
     buffers: dict[str, np.ndarray]
     left: dict[str, str]
+    optimizer: Optimizer
+    clip: float | None
+    relative: bool
     running: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
-
-    @property
-    def sums(self) -> dict[str, np.ndarray]:
-        """Gradient sums before the first sample."""
-        return {} if self.update is None else {_sum(leaf): np.zeros_like(leaf.initial) for leaf in self.leaves}
 
     def trained(self, values: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
         """Weight key -> part -> array, out of the values of the leaves and of the running statistics.
@@ -78,10 +77,8 @@ class TrainingGraph:
         """
         found: dict[str, dict[str, np.ndarray]] = {}
         for leaf in self.leaves:
-            for member, array in leaf.split(values[leaf.name]):
-                mask = values.get(member.mask) if member.is_weight else None
-                array = member.stored(array) if mask is None else array * mask
-                found.setdefault(member.key, {})[member.part] = array
+            array, mask = values[leaf.name], values.get(leaf.mask) if leaf.is_weight else None
+            found.setdefault(leaf.key, {})[leaf.part] = leaf.stored(array) if mask is None else array * mask
         for name in self.running:
             found[Running.key(name)] = {"w": values[name]}
         return found
@@ -100,7 +97,6 @@ def build(
     l1: float = 0.0,
     clip: float | None = 1.0,
     relative: bool = False,
-    accumulate: bool = False,
     batch_statistics: bool = False,
     allows: Callable[[Weight], bool] = lambda weight: True,
     restate: Callable[[Weight], Encoding] = lambda weight: weight.encoding,
@@ -120,11 +116,10 @@ def build(
     """
     running = batchnorm.track(model) if batch_statistics else Running()
     exposed = parameters.expose(model, allows, restate, learn_scales)
-    leaves = parameters.pack(model, exposed.parameters)
+    leaves = exposed.parameters
     if not leaves:
         raise PassError(f"nothing in it can be trained: {_why(exposed)}")
-    for value, _ in exposed.buffers:
-        model.graph.inputs.append(value)
+    model.graph.inputs.extend([*(leaf.value for leaf in leaves), *(value for value, _ in exposed.buffers)])
     model.graph.outputs.clear()
     known = named(model.graph)
     kept = dict.fromkeys((*values, *running.outputs))
@@ -137,9 +132,10 @@ def build(
     total = loss(Inputs(b), {name: b.wrap(known[name]) for name in values})
     if l1:
         nodes, end = list(model.graph), total.value
-        for value in [known[str(p.value.name)] for p in exposed.parameters if p.is_weight]:
+        share = Inputs(b)(SHARE, total.dtype, []) * l1
+        for value in [known[leaf.name] for leaf in leaves if leaf.is_weight]:
             if end in reach(nodes, [value]):
-                total = total + losses.l1_penalty(b.wrap(value)).cast(total.dtype) * l1
+                total = total + losses.l1_penalty(b.wrap(value)).cast(total.dtype) * share
     total = b.op("Identity", total, shape=())
     total.value.name = LOSS
     model.graph.outputs.clear()
@@ -153,111 +149,48 @@ def build(
     for value in [v for v in model.graph.inputs if (v.name or "").startswith("parameter/") and v.name not in found]:
         _freeze(model, value, exposed)
     _scale_gradients(model, leaves, found)
-    state = {f"state/{leaf.name}/{slot}": np.zeros_like(leaf.initial) for leaf in leaves for slot in optimizer.slots}
-    update: ir.Model | None = None
-    if accumulate:
-        _accumulate(model, leaves, found)
-        update = _update_model(model, leaves, optimizer, clip, relative)
-    else:
-        b = Builder(model.graph, model.opset_imports[""])
-        _update(b, leaves, {leaf.name: b.wrap(found[leaf.name]) for leaf in leaves}, optimizer, clip, relative)
+    shapes = _give(model, leaves, found)
     buffers = {value.name or "": array for value, array in exposed.buffers}
     model.graph.name = "training step"
-    return TrainingGraph(model, update, leaves, state, buffers, exposed.left, running.initial)
+    return TrainingGraph(model, leaves, shapes, buffers, exposed.left, optimizer, clip, relative, running.initial)
 
 
-def _scale_gradients(model: ir.Model, leaves: Sequence[Leaf], found: dict[str, ir.Value]) -> None:
+def _scale_gradients(model: ir.Model, leaves: Sequence[Parameter], found: dict[str, ir.Value]) -> None:
     """Multiply gradients by what their parameters ask for."""
     b = Builder(model.graph, model.opset_imports[""])
     b.scope = "gradient scale"
     for leaf in leaves:
-        factor = leaf.gradient()
-        if (factor != 1).any():
-            found[leaf.name] = (b.wrap(found[leaf.name]) * b.constant(factor)).value
+        if leaf.gradient != 1:
+            found[leaf.name] = (b.wrap(found[leaf.name]) * leaf.gradient).value
 
 
-def _update(
-    b: Builder,
-    leaves: Sequence[Leaf],
-    found: Mapping[str, Tensor],
-    optimizer: Optimizer,
-    clip: float | None,
-    relative: bool,
-) -> None:
-    """Append clipping and the optimizer's step, with their outputs."""
-    b.scope = "update"
-    graph = b.graph
-    known = {value.name: value for value in graph.inputs}
+def _give(model: ir.Model, leaves: Sequence[Parameter], found: Mapping[str, ir.Value]) -> dict[str, tuple[int, ...]]:
+    """Make the gradients outputs `gradient/<leaf>`; returns in which shapes.
 
-    def given(name: str, like: np.ndarray) -> Tensor:
-        if name not in known:
-            kind = ir.TensorType(ir.DataType.from_numpy(like.dtype))
-            known[name] = ir.Value(name=name, type=kind, shape=ir.Shape(like.shape))
-            graph.inputs.append(known[name])
-        return b.wrap(known[name])
-
-    def result(tensor: Tensor, name: str) -> None:
-        tensor.value.name = name
-        graph.outputs.append(tensor.value)
-
-    scalar = np.zeros((), np.float32)
-    shared = optimizer.prepare(given(LR, scalar), given(T, scalar))
-    total = optimizers.norm(b, [found[leaf.name].cast(ir.DataType.FLOAT) for leaf in leaves])
-    scale = optimizers.clip_scale(total, clip) if clip is not None else None
-    result(b.op("Identity", total, shape=()), NORM)
-    for leaf in leaves:
-        w, g = given(leaf.name, leaf.initial), found[leaf.name]
-        state = [given(f"state/{leaf.name}/{slot}", leaf.initial) for slot in optimizer.slots]
-        size = shared.size.cast(w.dtype)
-        if relative:
-            size = size * b.constant(leaf.relative())
-        mine = dataclasses.replace(shared, lr=shared.lr.cast(w.dtype), size=size, eps=shared.eps.cast(w.dtype))
-        factor = None if scale is None else scale.cast(w.dtype)
-        new, fresh = optimizer.update(w, g, state, mine, factor, leaf.decay)
-        result(new, leaf.name + NEXT)
-        for slot, tensor in zip(optimizer.slots, fresh, strict=True):
-            result(tensor, f"state/{leaf.name}/{slot}{NEXT}")
-
-
-def _accumulate(model: ir.Model, leaves: Sequence[Leaf], found: Mapping[str, ir.Value]) -> None:
-    """Instead of a step: sum' = sum + share * gradient."""
+    A last Reshape is left out: to an output it would be a copy, and where elements lie in memory is the same.
+    """
     b = Builder(model.graph, model.opset_imports[""])
-    b.scope = "accumulate"
-    share = ir.Value(name=SHARE, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([]))
-    model.graph.inputs.append(share)
+    b.scope = "gradient"
+    shapes = {}
     for leaf in leaves:
-        kind = ir.TensorType(ir.DataType.from_numpy(leaf.initial.dtype))
-        before = ir.Value(name=_sum(leaf), type=kind, shape=ir.Shape(leaf.initial.shape))
-        model.graph.inputs.append(before)
-        gradient = b.wrap(found[leaf.name])
-        after = b.wrap(before) + gradient * b.wrap(share).cast(gradient.dtype)
-        after.value.name = _sum(leaf) + NEXT
-        model.graph.outputs.append(after.value)
+        value, shape = _unshaped(found[leaf.name], leaf.initial.shape)
+        if value.producer() is None or value.is_graph_output():
+            value = b.op("Identity", b.wrap(value), shape=shape).value
+        value.name = GRADIENT + leaf.name
+        model.graph.outputs.append(value)
+        shapes[leaf.name] = shape
+    _drop_dead(model)
+    return shapes
 
 
-def _update_model(
-    model: ir.Model, leaves: Sequence[Leaf], optimizer: Optimizer, clip: float | None, relative: bool
-) -> ir.Model:
-    """The optimizer's step alone, from gradient sums."""
-    inputs = []
-    for leaf in leaves:
-        kind = ir.TensorType(ir.DataType.from_numpy(leaf.initial.dtype))
-        inputs.append(ir.Value(name=_sum(leaf), type=kind, shape=ir.Shape(leaf.initial.shape)))
-    graph = ir.Graph(inputs, [], nodes=[], opset_imports=dict(model.opset_imports), name="update")
-    b = Builder(graph, model.opset_imports[""])
-    _update(
-        b,
-        leaves,
-        {leaf.name: b.wrap(value) for leaf, value in zip(leaves, inputs, strict=True)},
-        optimizer,
-        clip,
-        relative,
-    )
-    return ir.Model(graph, ir_version=model.ir_version)
-
-
-def _sum(leaf: Leaf) -> str:
-    return f"gradient/{leaf.name}"
+def _unshaped(value: ir.Value, shape: tuple[int, ...]) -> tuple[ir.Value, tuple[int, ...]]:
+    node = value.producer()
+    while node is not None and node.op_type in _RESHAPING and not node.domain and not value.uses():
+        (source, *_), sizes = node.inputs, node.inputs[0].shape if node.inputs[0] is not None else None
+        if source is None or sizes is None or not all(isinstance(size, int) for size in sizes):
+            break
+        value, shape, node = source, tuple(int(str(size)) for size in sizes), source.producer()
+    return value, shape
 
 
 def _freeze(model: ir.Model, value: ir.Value, exposed: Exposed) -> None:

@@ -15,7 +15,7 @@ from onnxcompress.errors import PassError
 from onnxcompress.model import bridge
 from onnxcompress.model.load import load
 from onnxcompress.model.weights import weights
-from onnxcompress.training import losses, parameters, step
+from onnxcompress.training import losses, step, update
 from onnxcompress.training.optimizers import SGD, AdamW, Optimizer
 from onnxcompress.training.runner import Runner
 from onnxcompress.training.schedules import Schedule
@@ -81,13 +81,12 @@ def numpy_training(steps: int, lr: float, clip: float | None, kind: str) -> dict
 
 @pytest.mark.parametrize("clip", [None, 0.05])
 @pytest.mark.parametrize(("kind", "optimizer", "lr"), [("adamw", AdamW(), 0.01), ("sgd", SGD(), 0.1)])
-@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("run", [16, update.RUN])
 def test_ten_steps_follow_the_textbook(
-    kind: str, optimizer: Optimizer, lr: float, clip: float | None, packed: bool, monkeypatch: pytest.MonkeyPatch
+    kind: str, optimizer: Optimizer, lr: float, clip: float | None, run: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parameters, "PACKED", 300 if packed else 1)
+    monkeypatch.setattr(update, "RUN", run)
     graph = built(load(mlp()), optimizer, clip=clip)
-    assert len(graph.leaves) == (4 if not packed else 3)  # w1, w2; both biases share one
     with Runner(graph) as runner:
         first, _ = runner.step([feeds()], lr, 1)
         for t in range(2, 11):
@@ -99,7 +98,7 @@ def test_ten_steps_follow_the_textbook(
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch() -> None:
-    whole, parts = built(load(mlp()), AdamW()), built(load(mlp()), AdamW(), accumulate=True)
+    whole, parts = built(load(mlp()), AdamW()), built(load(mlp()), AdamW())
     with Runner(whole) as one, Runner(parts) as several:
         for t in range(1, 4):
             loss, norm = one.step([feeds()], 0.01, t)
@@ -191,7 +190,7 @@ def test_nothing_to_train_says_why() -> None:
 def test_unselected_weights_stay_constant() -> None:
     graph = built(load(mlp()), AdamW(), allows=lambda weight: weight.key == "w2")
     assert set(graph.left) == {"w1", "b1", "b2"}
-    assert [member.key for leaf in graph.leaves for member in leaf.members] == ["w2"]
+    assert [leaf.key for leaf in graph.leaves] == ["w2"]
 
 
 def test_a_schedule_warms_up_and_declines() -> None:

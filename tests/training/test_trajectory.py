@@ -1,4 +1,4 @@
-"""Ten steps of SGD and AdamW follow PyTorch's (`trajectory.py`), weight by weight, clipped or not, packed or not."""
+"""Ten steps of SGD and AdamW follow PyTorch's (`trajectory.py`) weight by weight, clipped or not, in runs of any length."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from onnxcompress.model import bridge
 from onnxcompress.model.weights import weights
-from onnxcompress.training import parameters, step
+from onnxcompress.training import step, update
 from onnxcompress.training.optimizers import SGD, AdamW, Optimizer
 from onnxcompress.training.runner import Runner
 from tests.training.test_step import cross_entropy
@@ -26,16 +26,13 @@ def network(name: str) -> ir.Model:
     return bridge.from_proto(onnx.load_from_string(STORED[f"{name}/model"].tobytes()), name)
 
 
-@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("run", [48, update.RUN])
 @pytest.mark.parametrize("how", list(CLIPS))
 @pytest.mark.parametrize("kind", list(OPTIMIZERS))
 @pytest.mark.parametrize("name", ["convolutional", "encoder", "recurrent"])
-def test_ten_steps_follow_pytorch(
-    name: str, kind: str, how: str, packed: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ten_steps_follow_pytorch(name: str, kind: str, how: str, run: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every weight within 1e-5 of what PyTorch made of it in float64, losses within 1e-6; no other weight moved."""
-    if not packed:
-        monkeypatch.setattr(parameters, "PACKED", 1)
+    monkeypatch.setattr(update, "RUN", run)
     optimizer, lr = OPTIMIZERS[kind]
     x, y = STORED[f"{name}/x"], STORED[f"{name}/y"]
     model = network(name)
@@ -49,12 +46,12 @@ def test_ten_steps_follow_pytorch(
             losses.append(loss)
             assert norm > 0.1  # so that clipping does something
         found = graph.trained({leaf.name: runner.read()[leaf.name] for leaf in graph.leaves})
-    run = f"{name}/{kind}/{how}"
-    np.testing.assert_allclose(losses, STORED[f"{run}/losses"], rtol=1e-6, atol=0)
-    wanted = {key.rsplit("/", 1)[1]: array for key, array in STORED.items() if key.startswith(f"{run}/after/")}
+    case = f"{name}/{kind}/{how}"
+    np.testing.assert_allclose(losses, STORED[f"{case}/losses"], rtol=1e-6, atol=0)
+    wanted = {key.rsplit("/", 1)[1]: array for key, array in STORED.items() if key.startswith(f"{case}/after/")}
     assert set(found) == set(wanted)
     worst = {key: float(np.abs(found[key]["w"] - after).max()) for key, after in wanted.items()}
-    print(run, f"{max(worst.values()):.2g}", f"torch {float(STORED[run + '/float32']):.2g}")
+    print(case, f"{max(worst.values()):.2g}", f"torch {float(STORED[case + '/float32']):.2g}")
     assert max(worst.values()) <= 1e-5, worst
     assert max(float(np.abs(after - start[key]).max()) for key, after in wanted.items()) > 5e-3  # they went somewhere
 
