@@ -11,7 +11,8 @@ from onnxcompress.data.batch import Data
 from onnxcompress.data.specs import input_specs
 from onnxcompress.errors import DataError, ModelError
 from onnxcompress.model.shapes import shapes as inferred
-from onnxcompress.training import causal, targets
+from onnxcompress.training import causal
+from onnxcompress.training.choice import choose
 from onnxcompress.training.heads import Head
 from onnxcompress.training.samples import Samples
 from onnxcompress.training.targets import Objective, Target
@@ -45,7 +46,7 @@ def matched(
         outputs = {s.output: t.output for s, t in pairs if s.kind != "feature"}
         shapes = {name: shapes[name] for name in outputs}
         tokens = causal.next_tokens(guide.logits, calls[0], all_samples, shapes, outputs)
-    return targets.choose(pairs, found, all_samples, objective, soft=soft, next_tokens=tokens)
+    return choose(pairs, found, all_samples, objective, soft=soft, next_tokens=tokens)
 
 
 def _check_shapes(pairs: Sequence[tuple[Head, Head]], shapes: Mapping[str, tuple[int, ...]], student: ir.Model) -> None:

@@ -1,14 +1,8 @@
-"""What the student learns from: for each output the loss that fits it, and the arrays that loss is fed with.
-
-Which loss: what stands behind the logits (Softmax, ArgMax: classes; Sigmoid: yes or no by itself) and the labels
-decide; where both are silent, a causal language model's next tokens, then the output's name, and else its values are
-matched.
-"""
+"""What the student learns from: for each output a loss, and the arrays that loss is fed with."""
 
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -16,10 +10,8 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcompress.autodiff.tensor import Tensor
-from onnxcompress.errors import DataError
 from onnxcompress.training import losses
 from onnxcompress.training.heads import Head
-from onnxcompress.training.samples import Samples
 from onnxcompress.training.step import Inputs, WriteLoss
 
 FeatureLoss = Literal["values", "cosine"]
@@ -28,7 +20,6 @@ Loss = Literal["auto", "classes", "binary", "values", "cosine"]
 LOSSES: tuple[str, ...] = ("auto", "classes", "binary", "values", "cosine")
 IGNORED = -100
 TEMPERATURE, ALPHA = 4.0, 0.1
-_NAMED = re.compile(r"logit|score|class|prob|pred", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +61,9 @@ class Objective:
 class Target:
     """One output of the student and what it is to become.
 
-    `kind`: the loss. `axis`: of the classes or features. `rank`: of the logits. `labels`: one row a sample, shaped like
-    the logits without `axis` (int64) or, for "binary" and "values", like the logits; None: the teacher alone.
+    `kind`: the loss. `axis`: of the classes or features. `shape`: of the logits. `labels`: one row a sample, shaped
+    like the logits without `axis` (int64) or, for "binary", "values" and distributions, like the logits; None: the
+    teacher alone.
     `teacher`: logits of every sample, None: computed call by call, or no teacher (`soft` False).
     """
 
@@ -105,8 +97,8 @@ class Target:
             soft = self._soft(z, t, weight, objective)
         if self.labels is not None:
             counted = inputs(f"{where}/counted", ir.DataType.FLOAT, positions)
-            kind = ir.DataType.INT64 if self.kind == "classes" else ir.DataType.FLOAT
-            labels = inputs(f"{where}/labels", kind, positions if self.kind == "classes" else whole)
+            kind = ir.DataType.INT64 if self.is_indexed else ir.DataType.FLOAT
+            labels = inputs(f"{where}/labels", kind, positions if self.is_indexed else whole)
             hard = self._hard(z, labels, counted, objective)
         return losses.mix(hard, soft, objective.share)
 
@@ -114,6 +106,11 @@ class Target:
     def is_feature(self) -> bool:
         """Whether it is a tensor within the model, not an output."""
         return self.head.kind == "feature"
+
+    @property
+    def is_indexed(self) -> bool:
+        """Whether a label is the index of a class, not a distribution over classes or the values themselves."""
+        return self.kind == "classes" and self.labels is not None and self.labels.ndim < len(self.shape)
 
     def _ragged(self, z: Tensor) -> bool:
         return len(self.shape) >= 3 and (z.shape is None or not isinstance(z.shape[1], int))
@@ -127,6 +124,8 @@ class Target:
         return distance(z, t, weight, self.axis)
 
     def _hard(self, z: Tensor, labels: Tensor, counted: Tensor, objective: Objective) -> Tensor:
+        if self.kind == "classes" and not self.is_indexed:
+            return losses.cross_entropy_of(z, labels, counted, self.axis, objective.smoothing)
         if self.kind == "classes":
             return losses.cross_entropy(z, labels, counted, self.axis, objective.smoothing)
         if self.kind == "binary":
@@ -149,11 +148,11 @@ class Target:
         wide = self.axis >= len(self.shape)
         if wide:
             teacher = None if teacher is None else teacher[..., None]
-            labels = labels[..., None] if labels is not None and self.kind != "classes" else labels
+            labels = labels[..., None] if labels is not None and not self.is_indexed else labels
         like = teacher.shape if teacher is not None else None
         if like is None:
             assert labels is not None
-            like = _with_axis(labels.shape, self.axis) if self.kind == "classes" else labels.shape
+            like = _with_axis(labels.shape, self.axis) if self.is_indexed else labels.shape
         positions = tuple(d for i, d in enumerate(like) if i != self.axis)
         weight = np.ones(positions, np.float32)
         if valid is not None and positions[:2] == valid.shape:
@@ -162,7 +161,7 @@ class Target:
         if self.soft:
             assert teacher is not None
             found[f"{where}/teacher"] = np.asarray(teacher, np.float32)
-        if labels is not None and self.kind == "classes":
+        if labels is not None and self.is_indexed:
             told = labels != IGNORED
             found[f"{where}/counted"] = weight * told
             found[f"{where}/labels"] = np.where(told, labels, 0).astype(np.int64)
@@ -183,106 +182,6 @@ def write_all(targets: Sequence[Target], objective: Objective) -> WriteLoss:
         return inputs.b.sum(parts)
 
     return write
-
-
-def choose(
-    pairs: Sequence[tuple[Head, Head]],
-    logits: Mapping[str, np.ndarray],
-    samples: Samples,
-    objective: Objective,
-    *,
-    soft: bool,
-    next_tokens: np.ndarray | None = None,
-) -> list[Target]:
-    """The targets of the student's heads. `pairs`: (student, teacher). `logits`: the teacher's for
-    some samples, by student output.
-
-    `next_tokens`: int64 [samples, positions], when the model is a causal language model and there are no labels.
-
-    Raises:
-        DataError: the labels fit no output, are out of range, or are needed and missing.
-    """
-    found, given = [], samples.labels
-    for index, (student, teacher) in enumerate(pairs):
-        shape = logits[student.output].shape
-        if student.kind == "feature":
-            axis = 1 if len(shape) > 3 or len(shape) == 1 else len(shape) - 1
-            found.append(Target(index, student, objective.feature_loss, axis, shape, None, soft, 1.0))
-            continue
-        kind, axis, labels = _kind(student, teacher, shape, given, next_tokens, objective.loss)
-        if labels is not None:
-            given = next_tokens = None  # the labels are of one output
-        temperature = objective.temperature_for(logits[student.output], axis)
-        found.append(Target(index, student, kind, axis, shape, labels, soft, temperature))
-    if samples.labels is not None and given is not None:
-        outputs = [student.output for student, _ in pairs if student.kind != "feature"]
-        told = ", ".join(f"{output} {list(logits[output].shape)}" for output in outputs)
-        raise DataError(f"labels of shape {list(samples.labels.shape)} ({samples.labels.dtype}) fit no output: {told}")
-    if not soft:
-        found = [target for target in found if target.labels is not None]
-        if not found:
-            raise DataError("training without a teacher needs labels: an array `y` in the data, or --labels KEY")
-    return found
-
-
-def _kind(
-    student: Head,
-    teacher: Head,
-    shape: tuple[int, ...],
-    labels: np.ndarray | None,
-    next_tokens: np.ndarray | None,
-    wanted: str,
-) -> tuple[str, int, np.ndarray | None]:
-    """(loss, axis, labels as this output's loss takes them or None)."""
-    told = next((h for h in (student, teacher) if h.kind != "values"), student)
-    kind = told.kind if wanted == "auto" else wanted
-    rank = len(shape)
-    axis = rank if rank == 1 else (told.axis % rank if told.axis is not None else rank - 1 if rank <= 3 else 1)
-    if labels is not None and labels.ndim == 2 and labels.shape[1] == 1 and rank <= 2:
-        labels = labels[:, 0]
-    integral = labels is not None and labels.dtype.kind in "iub"
-    if labels is not None and wanted == "auto" and kind == "values":
-        if integral and rank >= 2 and _class_axis(labels.shape, shape, axis) is not None and shape[axis] > 1:
-            kind = "classes"
-        elif integral and np.isin(labels, (0, 1)).all() and labels.shape[1:] == _squeezed(shape)[1:]:
-            kind = "binary"
-    if labels is None and next_tokens is not None and rank == 3:
-        return "classes", 2, next_tokens
-    if kind == "values" and wanted == "auto" and labels is None and rank >= 2 and shape[axis] > 1:
-        kind = "classes" if _NAMED.search(student.output) else kind
-    if labels is None:
-        return kind, axis, None
-    if kind == "classes":
-        at = _class_axis(labels.shape, shape, axis)
-        if at is not None and (integral or (labels.dtype.kind == "f" and (labels == np.rint(labels)).all())):
-            return kind, at, _checked(labels.astype(np.int64), shape[at], student.output)
-        return kind, axis, None
-    if labels.dtype.kind not in "iubf" or labels.shape[1:] != _squeezed(shape)[1:]:
-        return kind, axis, None
-    return kind, axis, labels.reshape(labels.shape[0], *shape[1:]).astype(np.float32)
-
-
-def _class_axis(labels: tuple[int, ...], logits: tuple[int, ...], preferred: int) -> int | None:
-    """The axis without which the logits' shape is the labels'."""
-    for axis in (preferred, len(logits) - 1, 1):
-        if 0 < axis < len(logits) and labels[1:] == tuple(d for i, d in enumerate(logits) if i != axis)[1:]:
-            return axis
-    return None
-
-
-def _checked(labels: np.ndarray, classes: int, output: str) -> np.ndarray:
-    wrong = (labels != IGNORED) & ((labels < 0) | (labels >= classes))
-    if wrong.any():
-        at = np.argwhere(wrong)[0]
-        raise DataError(
-            f"label {labels[tuple(at)]} of sample {at[0]} is out of range: output {output!r} has classes 0 to "
-            f"{classes - 1} ({IGNORED} leaves one out)"
-        )
-    return labels
-
-
-def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return shape[:-1] if len(shape) == 2 and shape[1] == 1 else shape
 
 
 def _with_axis(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
