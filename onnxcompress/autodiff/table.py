@@ -37,9 +37,10 @@ off, and so does a form of an operator listed under "refused". In formulas g is 
 def operators_table() -> str:
     """Markdown: a table of rules by family, then definitions, then operators without influence."""
     families: dict[str, list[tuple[str, str]]] = {}
-    for key in sorted(RULES):
+    standard = [key for key in sorted(RULES) if not key[0]]  # others stand for what a training fuses
+    for key in standard:
         families.setdefault(FAMILIES[key], []).append(key)
-    parts = [_HEAD, f"{len(RULES)} operators have a rule of their own.\n"]
+    parts = [_HEAD, f"{len(standard)} operators have a rule of their own.\n"]
     for family in sorted(families):
         parts.append(f"## {family.replace('_', ' ').capitalize()}\n")
         parts += ["| operator | gradient | refused |", "|---|---|---|"]

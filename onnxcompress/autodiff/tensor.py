@@ -191,9 +191,15 @@ class Tensor:
         return self.b.op("Expand", self, other.sizes(), shape=other.shape)
 
     def transpose(self, perm: Sequence[int]) -> Tensor:
-        """Axes in another order."""
+        """Axes in another order; two transpositions in a row become one, or none."""
         if list(perm) == list(range(len(perm))):
             return self
+        before = self.value.producer()
+        if before is not None and before.op_type == "Transpose" and not before.domain and before.inputs[0] is not None:
+            first = before.attributes.get_ints("perm") or range(len(perm))[::-1]
+            both = [first[i] for i in perm]
+            if not self.value.uses() or both == list(range(len(perm))):
+                return Tensor(self.b, before.inputs[0]).transpose(both)
         shape = None if self.shape is None else tuple(self.shape[i] for i in perm)
         return self.b.op("Transpose", self, shape=shape, perm=list(perm))
 

@@ -20,7 +20,7 @@ from onnxcompress.autodiff.tensor import Tensor
 from onnxcompress.encodings.base import Encoding
 from onnxcompress.errors import PassError
 from onnxcompress.model.weights import Weight
-from onnxcompress.training import batchnorm, losses, parameters
+from onnxcompress.training import batchnorm, fusing, losses, parameters
 from onnxcompress.training.batchnorm import Running
 from onnxcompress.training.forward import forward as forward
 from onnxcompress.training.narrowing import narrow
@@ -142,7 +142,9 @@ def build(
     model.graph.outputs.extend([total.value, *(known[name] for name in running.outputs)])
     _drop_dead(model)
     narrow(model)
+    fusing.fuse(model)
     found = gradients(model, {LOSS: None}, [leaf.name for leaf in leaves])
+    fusing.lower(model)
     leaves = [leaf for leaf in leaves if leaf.name in found]
     if not leaves:
         raise PassError("no weight has any effect on the loss")

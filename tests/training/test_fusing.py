@@ -1,0 +1,125 @@
+"""Fused nodes give what the operators they replace gave, forward and backward, in fewer passes."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Sequence
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from onnxcompress.autodiff import gradients
+from onnxcompress.autodiff.prepare import prepare
+from onnxcompress.model.load import load
+from onnxcompress.training.fusing import fuse, lower
+from onnxcompress.training.narrowing import narrow
+from tests.builders import floats, graph, info, model, node, tensors
+from tests.training.small import outputs
+
+X = {"x": floats(3, 5, 4, seed=1) * 2}
+
+
+def network(nodes: Sequence[onnx.NodeProto], opset: int = 17, **constants: np.ndarray) -> onnx.ModelProto:
+    """x [n, 5, 4] -> h = x w -> `nodes`, from h to y -> loss, the sum of y v."""
+    around = [node("MatMul", ["x", "w"], ["h"]), *nodes, node("MatMul", ["y", "v"], ["z"])]
+    around.append(node("ReduceSum", ["z"], ["loss"], keepdims=0))
+    arrays = {"w": floats(4, 4, seed=2), "v": floats(4, 2, seed=3)}
+    numbers = {f"number_{k}": np.array(v, np.float32) for k, v in {"half": 0.5, "one": 1, "root": 2**0.5}.items()}
+    initial = tensors(**arrays, **numbers, inverse=np.array(0.5**0.5, np.float32), **constants)
+    return model(graph(around, [info("x", ["n", 5, 4])], [info("loss", [])], initial), opset=opset)
+
+
+def trained(of: onnx.ModelProto, fused: bool) -> tuple[dict[str, np.ndarray], collections.Counter[str]]:
+    """The loss and the gradients of w and v, and the operators that gave them."""
+    loaded = load(of)
+    prepare(loaded)
+    if fused:
+        narrow(loaded)
+        fuse(loaded)
+    found = gradients(loaded, {"loss": None}, ["w", "v"])
+    loaded.graph.outputs.extend(found.values())
+    lower(loaded)
+    assert {n.domain for n in loaded.graph} == {""}
+    values = outputs(loaded, X)
+    named = {"loss": values["loss"]} | {name: values[str(value.name)] for name, value in found.items()}
+    return named, collections.Counter(n.op_type for n in loaded.graph)
+
+
+def compare(of: onnx.ModelProto) -> tuple[collections.Counter[str], collections.Counter[str]]:
+    """Both ways agree; the operators of each."""
+    plain, before = trained(of, fused=False)
+    fused, after = trained(of, fused=True)
+    for name, value in plain.items():
+        np.testing.assert_allclose(fused[name], value, atol=1e-5 * np.abs(value).max(), err_msg=name)
+    return before, after
+
+
+def _erf(scale: Sequence[str], *rest: onnx.NodeProto) -> list[onnx.NodeProto]:
+    return [
+        node(scale[0], ["h", scale[1]], ["u"]),
+        node("Erf", ["u"], ["e"]),
+        node("Add", ["e", "number_one"], ["p"]),
+        *rest,
+    ]
+
+
+GELU = {
+    "half of the sum": _erf(
+        ("Div", "number_root"), node("Mul", ["number_half", "p"], ["c"]), node("Mul", ["h", "c"], ["y"])
+    ),
+    "half of the product": _erf(
+        ("Mul", "inverse"), node("Mul", ["h", "p"], ["m"]), node("Mul", ["m", "number_half"], ["y"])
+    ),
+    "half of x": _erf(("Mul", "inverse"), node("Mul", ["h", "number_half"], ["m"]), node("Mul", ["m", "p"], ["y"])),
+    "standard": [node("Gelu", ["h"], ["y"])],
+}
+
+
+@pytest.mark.parametrize("form", GELU)
+def test_gelu(form: str) -> None:
+    before, after = compare(network(GELU[form], opset=20))
+    assert (after["HardSigmoid"], after["Exp"], after["Erf"]) == (1, 1, 1)
+    assert sum(after.values()) < sum(before.values()) or form == "standard"
+
+
+def test_another_function_of_erf_stays() -> None:
+    nodes = _erf(("Mul", "number_half"), node("Mul", ["h", "p"], ["m"]), node("Mul", ["m", "number_half"], ["y"]))
+    before, after = compare(network(nodes))
+    assert before == after
+
+
+def test_silu() -> None:
+    before, after = compare(network([node("Sigmoid", ["h"], ["s"]), node("Mul", ["h", "s"], ["y"])]))
+    assert sum(after.values()) == sum(before.values()) - 2
+
+
+def test_keys_are_transposed_once_and_one_side_is_scaled() -> None:
+    nodes = [
+        node("Reshape", ["h", "apart"], ["heads"]),
+        node("Transpose", ["heads"], ["k"], perm=[0, 2, 1, 3]),
+        node("Reshape", ["k", "merged"], ["flat"]),
+        node("Transpose", ["flat"], ["turned"], perm=[0, 2, 1]),
+        node("Reshape", ["turned", "stack"], ["kt"]),
+        node("Mul", ["k", "number_half"], ["q"]),
+        node("Mul", ["kt", "number_half"], ["scaled"]),
+        node("MatMul", ["q", "scaled"], ["scores"]),
+        node("Softmax", ["scores"], ["p"]),
+        node("MatMul", ["p", "k"], ["o"]),
+        node("Transpose", ["o"], ["back"], perm=[0, 2, 1, 3]),
+        node("Reshape", ["back", "joined"], ["y"]),
+    ]
+    shapes = {"apart": [0, 5, 2, 2], "merged": [-1, 5, 2], "stack": [-1, 2, 2, 5], "joined": [0, 5, 4]}
+    before, after = compare(network(nodes, 17, **{name: np.array(sizes) for name, sizes in shapes.items()}))
+    assert after["Mul"] == before["Mul"] - 2  # one forward, one backward
+    assert after["Reshape"] < before["Reshape"]
+
+
+def test_a_free_dimension_keeps_its_name() -> None:
+    loaded = load(network([node("Add", ["h", "h"], ["y"])]))
+    prepare(loaded)
+    y = next(n for n in loaded.graph if n.op_type == "Add").outputs[0]
+    y.shape = ir.Shape([None, 5, 4])
+    fuse(loaded)
+    assert y.shape == ir.Shape(["n", 5, 4])
