@@ -46,7 +46,7 @@ def rise(sparsity: float, total: int, until: float) -> Rise:
     Raises:
         PassError: no share of a weight.
     """
-    if not 0 < sparsity < 1 or not 0 < until <= 1:
+    if not 0 <= sparsity < 1 or not 0 < until <= 1:
         raise PassError(f"gradual pruning wants shares between 0 and 1, got sparsity {sparsity} until {until}")
     return Rise(sparsity, max(1, min(math.ceil(until * total), total - 1)))
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import onnx_ir as ir
 
 from onnxcompress.contract import Progress, Select, Silent
+from onnxcompress.errors import PassError
 from onnxcompress.model import provenance
 from onnxcompress.training.loop import Epoch
 from onnxcompress.training.schedules import Kind
@@ -60,6 +61,21 @@ class Settings:
     outputs: tuple[str, ...] = ()
     patience: int | None = None
     select: Select = dataclasses.field(default_factory=Select)
+
+    def __post_init__(self) -> None:
+        """Refuse what no training can be.
+
+        Raises:
+            PassError: a share or a decay out of its range.
+        """
+        if self.sparsity is not None and not 0 <= self.sparsity < 1:
+            raise PassError(f"sparsity: wanted a share from 0 to below 1, got {self.sparsity}")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise PassError(f"ema: wanted a decay between 0 and 1, got {self.ema}")
+        if not 0 < self.sparsity_until <= 1:
+            raise PassError(
+                f"sparsity_until: wanted a share of the steps, above 0 and up to 1, got {self.sparsity_until}"
+            )
 
     @property
     def peak(self) -> float:

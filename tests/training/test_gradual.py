@@ -125,3 +125,17 @@ def test_nothing_to_prune_is_said() -> None:
     graph: Any = type("Graph", (), {"leaves": [], "buffers": {}})()
     with pytest.raises(PassError, match="no layer's weight"):
         Gradual(graph, Rise(0.5, 10))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"sparsity": 1.0}, "sparsity: wanted a share from 0 to below 1, got 1.0"),
+        ({"sparsity": float("nan")}, "sparsity: .* got nan"),
+        ({"sparsity": 0.5, "sparsity_until": 0.0}, "sparsity_until: wanted a share of the steps"),
+        ({"ema": 1.0}, "ema: wanted a decay between 0 and 1, got 1.0"),
+    ],
+)
+def test_settings_that_no_training_can_have(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(PassError, match=message):
+        Settings(**given)
