@@ -111,7 +111,7 @@ def our_step(
     import onnx_ir as ir
 
     import onnxcompress as oc
-    from onnxcompress.training import losses, step
+    from onnxcompress.training import losses, samples, step
     from onnxcompress.training.optimizers import AdamW
     from onnxcompress.training.runner import Runner
 
@@ -126,14 +126,18 @@ def our_step(
 
     trainable = step.forward(model, [dict(feeds)])
     output = model.graph.outputs[0].name or ""
-    graph = step.build(trainable, [output], loss, AdamW(), clip=clip)
+    trained = batch_norm == "trained"
+    graph = step.build(trainable, [output], loss, AdamW(), clip=clip, batch_statistics=trained)
     runner = Runner(graph, threads=threads)
+    whole = {**feeds, "y": labels, "w": counted}
+    size = len(labels) if trained else samples.call_size(len(labels))  # as training splits a batch
+    calls = [{key: array[at : at + size] for key, array in whole.items()} for at in range(0, len(labels), size)]
     count = 0
 
     def run() -> float:
         nonlocal count
         count += 1
-        return float(runner.step([{**feeds, "y": labels, "w": counted}], LR, count)[0])
+        return float(runner.step(calls, LR, count)[0])
 
     return run
 
@@ -167,12 +171,10 @@ def compare(name: str, threads: int, args: argparse.Namespace, folder: pathlib.P
         b.append(block(theirs, args.steps, args.clock))
     ratios = sorted(x / y for x, y in zip(a, b, strict=True))
     low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
-    print(
-        f"{name:10s} batch {batch:3d}, {threads} thread{'s' * (threads > 1)}: ours {statistics.median(a) * 1e3:7.2f} ms, "
-        f"PyTorch {statistics.median(b) * 1e3:7.2f} ms, ratio {statistics.median(ratios):.3f} ({low:.3f} to {high:.3f}); "
-        f"first loss {apart:.0e} apart",
-        flush=True,
-    )
+    on = f"{name:10s} batch {batch:3d}, {threads} thread{'s' if threads > 1 else ' '}"
+    times = f"ours {statistics.median(a) * 1e3:7.2f} ms, PyTorch {statistics.median(b) * 1e3:7.2f} ms"
+    ratio = f"ratio {statistics.median(ratios):.3f} ({low:.3f} to {high:.3f})"
+    print(f"{on}: {times}, {ratio}; first loss {apart:.0e} apart", flush=True)
 
 
 def memory(name: str, args: argparse.Namespace) -> None:
@@ -185,7 +187,10 @@ def memory(name: str, args: argparse.Namespace) -> None:
             raise SystemExit(run.err)
         found[side] = (run.peak or 0) / 1e6
     ratio = found["ours"] / found["pytorch"]
-    print(f"{name:10s} peak: ours {found['ours']:.0f} MB, PyTorch {found['pytorch']:.0f} MB, ratio {ratio:.2f}", flush=True)
+    print(
+        f"{name:10s} peak: ours {found['ours']:.0f} MB, PyTorch {found['pytorch']:.0f} MB, ratio {ratio:.2f}",
+        flush=True,
+    )
 
 
 def main() -> None:
@@ -214,7 +219,9 @@ def main() -> None:
             if args.side == "pytorch":
                 step = pytorch(name, batch, 1, args.clip, args.batch_norm)
             elif args.side == "ours":
-                step = ours(exported(name, args.batch_norm, pathlib.Path(folder)), name, batch, 1, args.clip, args.batch_norm)
+                step = ours(
+                    exported(name, args.batch_norm, pathlib.Path(folder)), name, batch, 1, args.clip, args.batch_norm
+                )
             elif args.memory:
                 memory(name, args)
                 continue

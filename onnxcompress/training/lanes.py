@@ -31,7 +31,7 @@ class Lane:
         inputs: Sequence[Mapping[str, Any]],
         outputs: Sequence[Mapping[str, View]],
     ) -> None:
-        self._graph, self._session, self._stores = graph, session, stores
+        self._graph, self.session, self._stores = graph, session, stores
         self._inputs, self._outputs = inputs, outputs
         self._known = {port.name for port in session.inputs}
         kind = graph.model.graph.outputs[0].dtype
@@ -66,7 +66,7 @@ class Lane:
         for name, array in kept.items():
             binding.bind_cpu_input(name, array)
         try:
-            self._session.raw.run_with_iobinding(binding)
+            self.session.raw.run_with_iobinding(binding)
         except Exception as error:
             raise ModelError(f"the training step failed: {first_line(error)}") from error
         return float(self._loss.read()[0])
@@ -74,7 +74,7 @@ class Lane:
     def _bindings(self, gradients: Sequence[Buffer]) -> list[Any]:
         made = []
         for inputs, outputs in zip(self._inputs, self._outputs, strict=True):
-            binding = self._session.raw.io_binding()
+            binding = self.session.raw.io_binding()
             for name, value in inputs.items():
                 if name in self._known and isinstance(value, View):
                     value.bind_input(binding, name)

@@ -188,6 +188,8 @@ def _give(model: ir.Model, leaves: Sequence[Parameter], found: Mapping[str, ir.V
 def _unshaped(value: ir.Value, shape: tuple[int, ...]) -> tuple[ir.Value, tuple[int, ...]]:
     node = value.producer()
     while node is not None and node.op_type in _RESHAPING and not node.domain and not value.uses():
+        if node.meta:  # says how else the gradient may be had
+            break
         (source, *_), sizes = node.inputs, node.inputs[0].shape if node.inputs[0] is not None else None
         if source is None or sizes is None or not all(isinstance(size, int) for size in sizes):
             break

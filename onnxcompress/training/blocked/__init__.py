@@ -1,4 +1,4 @@
-"""Convolutions of a training step on ONNX Runtime's blocked kernels (NCHWc), which it gives to constant weights only."""
+"""Convolutions of a training step on ONNX Runtime's blocked kernels (NCHWc), which it keeps for constant weights."""
 
 from onnxcompress.training.blocked.layout import block_size
 from onnxcompress.training.blocked.lower import lower

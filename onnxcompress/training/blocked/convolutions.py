@@ -84,7 +84,7 @@ def conv_transpose(lowering: Lowering, node: ir.Node) -> Tensor | None:
     form = geometry(node, w) if given and w is not None else None
     if given is None or form is None or g is None or w is None or (len(node.inputs) > 2 and node.inputs[2] is not None):
         return None
-    image, kernel, result = given
+    image, _, result = given
     layout, outputs = lowering.layout, result[1]
     depthwise = form.group != 1
     if depthwise and not _depthwise(form, image[1], outputs):
@@ -266,4 +266,4 @@ def _usable(x: ir.Value | None, w: ir.Value | None, y: ir.Value) -> tuple[list[i
 def _known(value: ir.Value) -> list[int] | None:
     if value.shape is None or not all(isinstance(size, int) for size in value.shape):
         return None
-    return [int(size) for size in value.shape]
+    return [size for size in value.shape if isinstance(size, int)]

@@ -100,8 +100,10 @@ class Layout:
         return self.b.op("Pad", x, self.b.ints(pads), shape=grown)
 
     def weight(self, w: Tensor, *, transposed: bool) -> Tensor:
-        """W [M, C, h, w] for kernels over blocked images (OIHWBiBo); transposed: of the convolution from M to C channels
-        that runs backwards, with every kernel turned around."""
+        """W [M, C, h, w] for kernels over blocked images (OIHWBiBo).
+
+        `transposed`: of the convolution from M to C channels that runs backwards, with every kernel turned around.
+        """
         w = self.channels(self.channels(turned(w) if transposed else w, 0), 1)
         m, c, h, k = sizes(w)
         size = self.size

@@ -1,7 +1,7 @@
 """The rewriting of a training graph: convolutions and what lies between them move to the blocked layout.
 
-One walk over the nodes. A convolution's result exists blocked; elementwise nodes follow it there; whoever needs it plain
-gets it reordered once. ONNX Runtime does the same by itself where weights are constants; in training none is.
+One walk over the nodes. A convolution's result exists blocked; elementwise nodes follow it there; whoever needs it
+plain gets it reordered once. ONNX Runtime does the same by itself where weights are constants; in training none is.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def lower(model: ir.Model, shapes: Mapping[str, Sequence[int]], block: int) -> i
 def settle(model: ir.Model, shapes: Mapping[str, Sequence[int]]) -> None:
     """Declare the inputs' shapes and infer all others from them."""
     for value in model.graph.inputs:
-        if value.name in shapes:
-            value.shape = ir.Shape(shapes[value.name])
+        if (value.name or "") in shapes:
+            value.shape = ir.Shape(shapes[value.name or ""])
     for node in model.graph:
         for output in node.outputs:
             output.shape = None
@@ -177,7 +177,8 @@ class Lowering:
         made = ir.Node("", node.op_type, operands, list(node.attributes.values()), num_outputs=1)
         made.name = self.b.name(f"{self.b.scope}/{node.op_type}")
         result = made.outputs[0]
-        result.name, result.dtype = self.b.name(made.name), output.dtype
+        result.name = self.b.name(made.name or "")
+        result.type = output.type
         n, c, h, w = image
         size, whole = self.layout.size, self.layout.padded(c)
         result.shape = ir.Shape([n, whole // size, h, w, size] if opened else [n, whole, h, w])
@@ -230,7 +231,7 @@ def _shape(value: ir.Value | None) -> list[int] | None:
     """A value's shape, where every size is known."""
     if value is None or value.shape is None or not all(isinstance(size, int) for size in value.shape):
         return None
-    return [int(size) for size in value.shape]
+    return [size for size in value.shape if isinstance(size, int)]
 
 
 def drop_dead(graph: ir.Graph) -> None:
