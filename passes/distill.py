@@ -28,7 +28,7 @@ class Distill(Training):
     name: ClassVar[str] = "distill"
 
     teacher: str = parameter("", "model to learn from; the recipe's input where none is given", file=True)
-    temperature: float | None = parameter(None, "of the soft targets; 4, or the spread of the logits", gt=0)
+    temperature: float | None = parameter(None, "of the soft targets; 2, or the spread of the logits", gt=0)
     alpha: float | None = parameter(None, "share of the labels' loss; 0.1", ge=0, le=1)
     squared: bool = parameter(True, "multiply the soft targets' loss by T^2")
     features: tuple[str, ...] = parameter((), "a tensor within to match too, NAME or STUDENT=TEACHER")

@@ -19,14 +19,14 @@ FEATURE_LOSSES: tuple[str, ...] = ("values", "cosine")
 Loss = Literal["auto", "classes", "binary", "values", "cosine"]
 LOSSES: tuple[str, ...] = ("auto", "classes", "binary", "values", "cosine")
 IGNORED = -100
-TEMPERATURE, ALPHA = 4.0, 0.1
+TEMPERATURE, ALPHA = 2.0, 0.1
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
     """How hard labels and the teacher are mixed.
 
-    `temperature`: T of the soft targets; None is 4, or as much as brings the teacher's logits to a standard deviation
+    `temperature`: T of the soft targets; None is 2, or as much as brings the teacher's logits to a standard deviation
     of 1 (some models' logits go to the thousands, and their softmax is no softer than a label). `alpha`: the share of
     the labels' loss; None is 0.1. `squared`: multiply the soft loss by T^2. `smoothing`: of the labels.
     `features`: tensors within the models, "STUDENT" or "STUDENT=TEACHER", whose distance is added `feature_weight`
