@@ -11,7 +11,7 @@ from onnxcompress.contract import Coverage, Run, parameter
 from onnxcompress.errors import PassError
 from onnxcompress.model.load import load
 from onnxcompress.passes.training.training import Training
-from onnxcompress.training.targets import FEATURE_LOSSES
+from onnxcompress.training.targets import ALPHA, FEATURE_LOSSES, TEMPERATURE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,8 +28,10 @@ class Distill(Training):
     name: ClassVar[str] = "distill"
 
     teacher: str = parameter("", "model to learn from; the recipe's input where none is given", file=True)
-    temperature: float | None = parameter(None, "of the soft targets; 2, or the spread of the logits", gt=0)
-    alpha: float | None = parameter(None, "share of the labels' loss; 0.1", ge=0, le=1)
+    temperature: float | None = parameter(
+        None, f"of the soft targets; {TEMPERATURE:g}, or the logits' spread where that is more", gt=0
+    )
+    alpha: float | None = parameter(None, f"share of the labels' loss; {ALPHA:g}", ge=0, le=1)
     squared: bool = parameter(True, "multiply the soft targets' loss by T^2")
     features: tuple[str, ...] = parameter((), "a tensor within to match too, NAME or STUDENT=TEACHER")
     feature_loss: Literal["values", "cosine"] = parameter(

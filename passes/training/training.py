@@ -17,7 +17,7 @@ from onnxcompress.model.weights import Weight, weights
 from onnxcompress.training.distill import distill, write
 from onnxcompress.training.optimizers import OPTIMIZERS
 from onnxcompress.training.schedules import KINDS
-from onnxcompress.training.settings import BATCH_NORMS, Conditions
+from onnxcompress.training.settings import BATCH_NORMS, RATES, Conditions
 from onnxcompress.training.targets import LOSSES
 from onnxcompress.training.words import chosen
 from onnxcompress.training.zeros import KEEP_ZEROS
@@ -32,7 +32,9 @@ class Training(Pass):
     data: str = parameter("", "training data; the calibration data where none is given", file=True)
     epochs: int = parameter(3, "passes over the data", ge=1)
     batch: int = parameter(32, "samples an update", ge=1)
-    lr: float | None = parameter(None, "peak learning rate; 1e-3 for adamw, 1e-2 for sgd", gt=0)
+    lr: float | None = parameter(
+        None, "peak learning rate; " + ", ".join(f"{rate:g} for {name}" for name, rate in RATES.items()), gt=0
+    )
     optimizer: Literal["adamw", "sgd"] = parameter("adamw", "how weights are updated", choices=OPTIMIZERS)
     momentum: float = parameter(0.9, "of sgd", ge=0, lt=1)
     weight_decay: float | None = parameter(None, "of layers' weights; 0.01 for adamw, 0 for sgd", ge=0)
