@@ -7,6 +7,8 @@
 2. Reshape, Transpose, Reshape around the last two axes (how exporters transpose keys) is one Transpose.
 3. Constants that scale both sides of a product scale one.
 4. x times a function of x (Gelu by the error function, SiLU) becomes one node with a gradient of its own.
+5. Scale and bias of a LayerNormalization that only layers read go into these: n (g W) + b W, which is work on weights.
+6. Softmax and the product after it become one node: sum(dP P) of Softmax's gradient is sum(dO O), which is smaller.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import onnx_ir as ir
 
 from onnxcompress.autodiff.builder import Builder
 from onnxcompress.autodiff.rule import PARTIALS, Context, Grads, rule
+from onnxcompress.autodiff.rules.linear import stacked_product
 from onnxcompress.autodiff.tensor import Tensor, broadcast
 
 DOMAIN = "onnxcompress.training"
@@ -35,8 +38,8 @@ def fuse(model: ir.Model) -> None:
             continue
         if node.op_type in ELEMENTWISE:
             _name_sizes(node)
-    for node in list(graph):
-        for rewrite in (_transposed, _scaled, _gelu, _silu):
+    for node in [node for node in graph if node.inputs]:
+        for rewrite in (_transposed, _scaled, _gelu, _silu, _normalized, _attention):
             if node.graph is graph and not node.domain and rewrite(b, node):
                 break
     if any(node.domain == DOMAIN for node in graph):
@@ -83,14 +86,10 @@ def _scaled(b: Builder, node: ir.Node) -> bool:
     if len(sides) < 2 or sides[0][0].dtype is None:
         return False
     (left, s), (right, t) = sides
-    wrapped = b.constant(np.float64(s * t), left.dtype or ir.DataType.FLOAT)
-    mul = ir.Node("", "Mul", [left, wrapped.value], num_outputs=1)
-    mul.name = b.name(f"{node.name}/scaled")
-    y = mul.outputs[0]
-    y.name, y.type, y.shape = mul.name, left.type, left.shape
-    node.graph.insert_before(node, mul)  # type: ignore[union-attr]
+    kind = left.dtype or ir.DataType.FLOAT
+    (product,) = _before(b, node, lambda b: [b.wrap(left) * b.constant(np.float64(s * t), kind)])
     before = [x.producer() for x in node.inputs if x is not None]
-    node.replace_input_with(0, y)
+    node.replace_input_with(0, product)
     node.replace_input_with(1, right)
     for other in before:
         _remove_dead(other)
@@ -131,6 +130,71 @@ def _silu(b: Builder, node: ir.Node) -> bool:
     return _become(product, node.inputs[0], "Swish")
 
 
+def _normalized(b: Builder, node: ir.Node) -> bool:
+    """5: only where every reader is a layer.
+
+    Not after an addition of which nothing else is needed: ONNX Runtime 1.32 would take both for a
+    SkipLayerNormalization, which runs five times as long on narrow rows.
+    """
+    added = _producer(node, 0, "Add")
+    if added is not None and _alone(added):
+        return False
+    if node.op_type != "LayerNormalization" or len(_sizes(node.inputs[1])) != 1 or node.outputs[0].is_graph_output():
+        return False
+    (width,), y = _sizes(node.inputs[1]), node.outputs[0]
+    scale, bias = node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else None
+    layers = [use.node for use in y.uses() if use.node.op_type == "MatMul" and use.idx == 0 and not use.node.domain]
+    sizes = [_sizes(layer.inputs[1]) for layer in layers]
+    if not layers or len(layers) < len(y.uses()) or any(extra.uses() for extra in node.outputs[1:]):
+        return False
+    if scale is None or not isinstance(width, int) or _ones(scale) or any(len(size) != 2 for size in sizes):
+        return False
+    for layer in layers:
+        _scale_layer(b, layer, scale, bias)
+    one = b.constant(np.ones(width), scale.dtype or ir.DataType.FLOAT)
+    node.replace_input_with(1, one.value)
+    if bias is not None:
+        node.resize_inputs(2)
+    return True
+
+
+def _scale_layer(b: Builder, layer: ir.Node, scale: ir.Value, bias: ir.Value | None) -> None:
+    """(n g + b) W + c = n (g W) + (b W + c)."""
+    w = layer.inputs[1]
+    assert w is not None
+    (product,) = _before(b, layer, lambda b: [b.wrap(w) * b.wrap(scale).unsqueeze(1)])
+    layer.replace_input_with(1, product)
+    if bias is None:
+        return
+    plus, y = _only_user(layer, "Add"), layer.outputs[0]
+    other = None if plus is None else _other(plus, y)
+    if plus is not None and other is not None and len(_sizes(other)) == 1 and other.producer() is None:
+        (shift,) = _before(b, layer, lambda b: [b.wrap(other) + (b.wrap(bias).unsqueeze(0) @ b.wrap(w)).squeeze(0)])
+        plus.replace_input_with(1 if plus.inputs[1] is other else 0, shift)
+        return
+    x = layer.inputs[0]
+    assert x is not None
+    _replace(b, layer, lambda b: [b.wrap(x) @ b.wrap(product) + (b.wrap(bias).unsqueeze(0) @ b.wrap(w)).squeeze(0)])
+
+
+def _attention(b: Builder, node: ir.Node) -> bool:
+    """6: of the scores along their last axis, times a stack of values."""
+    last = node.attributes.get_int("axis", -1) in (-1, len(_sizes(node.inputs[0])) - 1)
+    product = _only_user(node, "MatMul") if node.op_type == "Softmax" and last else None
+    scores = node.inputs[0] if product is not None else None
+    if product is None or scores is None or product.inputs[0] is not node.outputs[0] or len(_sizes(scores)) < 3:
+        return False
+    values, y = product.inputs[1], product.outputs[0]
+    if values is None or len(_sizes(values)) != len(_sizes(scores)):
+        return False
+    fused = ir.Node(DOMAIN, "Attention", [scores, values], num_outputs=2, name=product.name)
+    fused.outputs[0].name, fused.outputs[0].type, fused.outputs[0].shape = y.name, y.type, y.shape
+    p = node.outputs[0]
+    fused.outputs[1].name, fused.outputs[1].type, fused.outputs[1].shape = f"{p.name}/factor", p.type, p.shape
+    _put(product.graph, product, [fused], fused.outputs[:1])  # type: ignore[arg-type]
+    return True
+
+
 def _become(last: ir.Node, x: ir.Value | None, kind: str) -> bool:
     """The node `kind` takes the place of `last`; with the function of x and what the gradient needs besides."""
     graph, y = last.graph, last.outputs[0]
@@ -161,20 +225,34 @@ def silu_gradient(c: Context) -> Grads:
     return [c.g * (s + y * (1 - s))]
 
 
+@rule("Attention", domain=DOMAIN)
+def attention_gradient(c: Context) -> Grads:
+    """O = P V, P = softmax(S): dS = P (dP - sum(dO O)) with dP = dO V^T."""
+    v, (o, p), g = c.x[1], c.y, c.g
+    return [p * (g @ v.swap() - (g * o).sum(-1)), stacked_product(p, g, v).unbroadcast(v)]
+
+
+def _lowered_attention(b: Builder, scores: Tensor, values: Tensor) -> list[Tensor]:
+    p = b.op("Softmax", scores, shape=scores.shape, axis=-1)
+    return [p @ values, p]
+
+
 def _lowered_gelu(b: Builder, x: Tensor) -> list[Tensor]:
-    x = b.wrap(x.value)
     u = x * math.sqrt(0.5)
     p = u.map("Erf").map("HardSigmoid", alpha=0.5, beta=0.5)  # (1 + erf) / 2 in one pass
     return [x * p, p, u]
 
 
 def _lowered_silu(b: Builder, x: Tensor) -> list[Tensor]:
-    x = b.wrap(x.value)
     s = x.map("Sigmoid")
     return [x * s, s, x]
 
 
-_LOWERED: dict[str, Callable[..., list[Tensor]]] = {"Gelu": _lowered_gelu, "Swish": _lowered_silu}
+_LOWERED: dict[str, Callable[..., list[Tensor]]] = {
+    "Attention": _lowered_attention,
+    "Gelu": _lowered_gelu,
+    "Swish": _lowered_silu,
+}
 
 
 def lower(model: ir.Model) -> None:
@@ -182,10 +260,12 @@ def lower(model: ir.Model) -> None:
     b = Builder(model.graph, model.opset_imports[""])
     for node in list(model.graph):
         if node.domain == DOMAIN:
-            x = node.inputs[0]
-            assert x is not None
-            _replace(b, node, functools.partial(_LOWERED[node.op_type], x=Tensor(b, x)))
+            _replace(b, node, functools.partial(_written, node))
     model.opset_imports.pop(DOMAIN, None)
+
+
+def _written(node: ir.Node, b: Builder) -> list[Tensor]:
+    return _LOWERED[node.op_type](b, *(b.wrap(x) for x in node.inputs if x is not None))
 
 
 # Looking around in a graph --------------------------------------------------------------------------------------------
@@ -201,6 +281,18 @@ def _replace(b: Builder, node: ir.Node, write: Callable[[Builder], Sequence[Tens
     nodes = list(scratch.graph)
     scratch.graph.remove(nodes)
     _put(graph, node, nodes, results)
+
+
+def _before(b: Builder, node: ir.Node, write: Callable[[Builder], Sequence[Tensor]]) -> list[ir.Value]:
+    """What `write` writes, put before `node`."""
+    scratch = b.inside(ir.Graph([], [], nodes=[]))
+    scratch.scope = node.name or str(node.outputs[0].name)
+    results = [tensor.value for tensor in write(scratch)]
+    nodes = list(scratch.graph)
+    scratch.graph.remove(nodes)
+    assert isinstance(node.graph, ir.Graph)
+    node.graph.insert_before(node, nodes)
+    return results
 
 
 def _put(graph: ir.Graph, old: ir.Node, nodes: Sequence[ir.Node], results: Sequence[ir.Value]) -> None:
@@ -252,6 +344,11 @@ def _number(value: ir.Value | None) -> float | None:
     """The constant scalar that a value holds."""
     tensor = None if value is None or value.is_graph_input() else ir.convenience.get_const_tensor(value)
     return float(tensor.numpy().reshape(-1)[0]) if tensor is not None and tensor.size == 1 else None
+
+
+def _ones(value: ir.Value) -> bool:
+    tensor = None if value.is_graph_input() else ir.convenience.get_const_tensor(value)
+    return tensor is not None and bool((tensor.numpy() == 1).all())
 
 
 def _multiple(node: ir.Node) -> tuple[ir.Value, float] | None:

@@ -13,7 +13,7 @@ import pytest
 from onnxcompress.autodiff import gradients
 from onnxcompress.autodiff.prepare import prepare
 from onnxcompress.model.load import load
-from onnxcompress.training.fusing import fuse, lower
+from onnxcompress.training.fusing import DOMAIN, fuse, lower
 from onnxcompress.training.narrowing import narrow
 from tests.builders import floats, graph, info, model, node, tensors
 from tests.training.small import outputs
@@ -31,14 +31,16 @@ def network(nodes: Sequence[onnx.NodeProto], opset: int = 17, **constants: np.nd
     return model(graph(around, [info("x", ["n", 5, 4])], [info("loss", [])], initial), opset=opset)
 
 
-def trained(of: onnx.ModelProto, fused: bool) -> tuple[dict[str, np.ndarray], collections.Counter[str]]:
-    """The loss and the gradients of w and v, and the operators that gave them."""
+def trained(
+    of: onnx.ModelProto, fused: bool, wrt: Sequence[str] = ("w", "v")
+) -> tuple[dict[str, np.ndarray], collections.Counter[str]]:
+    """The loss and the gradients of `wrt`, and the operators that gave them."""
     loaded = load(of)
     prepare(loaded)
     if fused:
         narrow(loaded)
         fuse(loaded)
-    found = gradients(loaded, {"loss": None}, ["w", "v"])
+    found = gradients(loaded, {"loss": None}, list(wrt))
     loaded.graph.outputs.extend(found.values())
     lower(loaded)
     assert {n.domain for n in loaded.graph} == {""}
@@ -47,10 +49,12 @@ def trained(of: onnx.ModelProto, fused: bool) -> tuple[dict[str, np.ndarray], co
     return named, collections.Counter(n.op_type for n in loaded.graph)
 
 
-def compare(of: onnx.ModelProto) -> tuple[collections.Counter[str], collections.Counter[str]]:
+def compare(
+    of: onnx.ModelProto, wrt: Sequence[str] = ("w", "v")
+) -> tuple[collections.Counter[str], collections.Counter[str]]:
     """Both ways agree; the operators of each."""
-    plain, before = trained(of, fused=False)
-    fused, after = trained(of, fused=True)
+    plain, before = trained(of, False, wrt)
+    fused, after = trained(of, True, wrt)
     for name, value in plain.items():
         np.testing.assert_allclose(fused[name], value, atol=1e-5 * np.abs(value).max(), err_msg=name)
     return before, after
@@ -123,3 +127,58 @@ def test_a_free_dimension_keeps_its_name() -> None:
     y.shape = ir.Shape([None, 5, 4])
     fuse(loaded)
     assert y.shape == ir.Shape(["n", 5, 4])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("layer_bias", [True, False])
+def test_a_normalization_goes_into_the_layers_that_read_it(bias: bool, layer_bias: bool) -> None:
+    nodes = [
+        node("LayerNormalization", ["h", "g", "b"] if bias else ["h", "g"], ["normal"]),
+        node("MatMul", ["normal", "w2"], ["first"]),
+        node("MatMul", ["normal", "w3"], ["second" if layer_bias else "y2"]),
+        *([node("Add", ["c", "second"], ["y2"])] if layer_bias else []),
+        node("Add", ["first", "y2"], ["y"]),
+    ]
+    constants = {"g": floats(4, seed=4), "b": floats(4, seed=5), "c": floats(4, seed=6)}
+    constants |= {"w2": floats(4, 4, seed=7), "w3": floats(4, 4, seed=8)}
+    wrt = ["w", "v", "g", "w2", "w3", *["b"] * bias, *["c"] * layer_bias]
+    _, after = compare(network(nodes, 17, **constants), wrt)
+    loaded = load(network(nodes, 17, **constants))
+    prepare(loaded)
+    fuse(loaded)
+    normal = next(n for n in loaded.graph if n.op_type == "LayerNormalization")
+    tensor = ir.convenience.get_const_tensor(normal.inputs[1])  # type: ignore[arg-type]
+    assert len(normal.inputs) == 2
+    assert tensor is not None
+    assert (tensor.numpy() == 1).all()
+    assert after["LayerNormalization"] == 1
+
+
+def test_a_normalization_with_another_reader_stays() -> None:
+    nodes = [
+        node("LayerNormalization", ["h", "g"], ["normal"]),
+        node("MatMul", ["normal", "w2"], ["first"]),
+        node("Add", ["first", "normal"], ["y"]),
+    ]
+    before, after = compare(network(nodes, 17, g=floats(4, seed=4), w2=floats(4, 4, seed=7)), ["w", "g", "w2"])
+    assert before == after
+
+
+def test_attention_sums_over_the_heads_instead_of_the_scores() -> None:
+    nodes = [
+        node("Reshape", ["h", "apart"], ["heads"]),
+        node("Transpose", ["heads"], ["k"], perm=[0, 2, 3, 1]),
+        node("Transpose", ["heads"], ["q"], perm=[0, 2, 1, 3]),
+        node("MatMul", ["q", "k"], ["scores"]),
+        node("Softmax", ["scores"], ["p"]),
+        node("MatMul", ["p", "q"], ["o"]),
+        node("Transpose", ["o"], ["back"], perm=[0, 2, 1, 3]),
+        node("Reshape", ["back", "joined"], ["y"]),
+    ]
+    constants = {"apart": np.array([0, 5, 2, 2]), "joined": np.array([0, 5, 4])}
+    before, after = compare(network(nodes, 17, **constants))
+    assert before == after  # the same operators, on smaller tensors
+    loaded = load(network(nodes, 17, **constants))
+    prepare(loaded)
+    fuse(loaded)
+    assert [n.op_type for n in loaded.graph if n.domain == DOMAIN] == ["Attention"]

@@ -28,7 +28,7 @@ def matmul(c: Context) -> Grads:
     if rank_a == 1:
         g = g.unsqueeze(rank - 2)
     da = g @ right.swap()
-    db = _tall_product(left, g, right) if right.rank == 2 else _stacked_product(left, g, right).unbroadcast(right)
+    db = _tall_product(left, g, right) if right.rank == 2 else stacked_product(left, g, right).unbroadcast(right)
     return [da.unbroadcast(left).reshape_like(a), db.reshape_like(b)]
 
 
@@ -39,10 +39,14 @@ def _tall_product(a: Tensor, g: Tensor, b: Tensor) -> Tensor:
     return a.b.op("Gemm", tall, rows, transA=1, shape=b.shape)
 
 
-def _stacked_product(a: Tensor, g: Tensor, b: Tensor) -> Tensor:
-    """A^T G; as (G^T A)^T where B came out of a transposition: both merge, and a narrow G makes a faster product."""
-    producer = b.value.producer()
-    if producer is not None and producer.op_type == "Transpose":
+def stacked_product(a: Tensor, g: Tensor, b: Tensor) -> Tensor:
+    """A^T G; as (G^T A)^T where G is the narrower one, which is faster, if that last transposition merges with another.
+
+    It does where B itself came out of one. A free dimension (a length) counts as wider than a known one (a head).
+    """
+    producer, (rows, columns) = b.value.producer(), b.shape[-2:] if b.shape else (None, None)
+    narrow = isinstance(columns, int) and (not isinstance(rows, int) or columns < rows)
+    if narrow and producer is not None and producer.op_type == "Transpose":
         return (g.swap() @ a).swap()
     return a.swap() @ g
 
