@@ -34,8 +34,11 @@ def scan(b: Builder, body: Step, states: Sequence[Tensor], sequences: Sequence[T
     inner.scope = b.scope
     slots = [inner.wrap(value) for value in inputs]
     after, results = body(inner, slots[: len(states)], slots[len(states) :])
-    for t in (*after, *results):
-        graph.outputs.append(inner.op("Identity", t, shape=t.shape).value)
+    given: set[ir.Value] = set()
+    for t in (*after, *results):  # a copy only of what the body did not make, or gives twice
+        own = t.value.producer() is not None and t.value.producer().graph is graph and t.value not in given  # type: ignore[union-attr]
+        graph.outputs.append(t.value if own else inner.op("Identity", t, shape=t.shape).value)
+        given.add(t.value)
     way = [int(reverse)]
     return b.ops(
         "Scan",
@@ -120,6 +123,14 @@ class Direction:
         every = gs[0].at(1, self.index) if gs[0] is not None else b.zeros(self.h.sizes(), self.x.dtype)
         return every.shaped(None, None, self.hidden), self.final(1)
 
+    def apart(self, every: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+        """What the way back starts with, and the gradients from outside that each of its steps is to hand on.
+
+        A step hands on those of the step before it in time, so that they are added by the product that ends it.
+        """
+        end = every.at(0, 0 if self.reverse else -1).shaped(None, self.hidden)
+        return last + end, self.shifted(every, self.b.zeros(self.h0.sizes(), self.x.dtype).shaped(None, self.hidden))
+
     def final(self, output: int) -> Tensor:
         """The gradient of the last state in `output`, or zeros."""
         g = self.c.gs[output] if output < len(self.c.gs) else None
@@ -185,7 +196,8 @@ def lstm(c: Context) -> Grads:
 
 def _lstm(way: Direction) -> Gradients:
     b = way.b
-    pre = (way.affine(way.x, way.w, way.wb) + way.affine(way.before, way.r, way.rb)).shaped(None, None, way.rows)
+    bias = None if way.wb is None or way.rb is None else way.wb + way.rb
+    pre = (way.affine(way.x, way.w, bias) + way.affine(way.before, way.r, None)).shaped(None, None, way.rows)
     i, o, f, g = way.split(pre, 2)
     i, o, f, g = i.map("Sigmoid"), o.map("Sigmoid"), f.map("Sigmoid"), g.map("Tanh")
     c0 = way.cell()
@@ -200,18 +212,19 @@ def _lstm(way: Direction) -> Gradients:
     t = cells.map("Tanh")
     # Per step: dC += dh o (1 - t^2); then every gate's gradient is a factor known beforehand times dC or dh.
     from_h = o * (1 - t * t)
-    to_i, to_f, to_g, to_o = g * i * (1 - i), old * f * (1 - f), i * (1 - g * g), t * o * (1 - o)
+    parts = g * i * (1 - i), t * o * (1 - o), old * f * (1 - f), i * (1 - g * g)
+    factors = b.op("Concat", *parts, axis=2, shape=(None, None, way.rows))
 
     def back(_: Builder, states: Sequence[Tensor], now: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         dh, dc = states
-        every, toward_c, ki, ko, kf, kg, keep = now
-        dh = dh + every
+        earlier, toward_c, factor, keep = now
         dc = dc + dh * toward_c
-        gates = _.op("Concat", dc * ki, dh * ko, dc * kf, dc * kg, axis=1)
-        return [gates @ way.r, dc * keep], [gates]
+        gates = _.op("Concat", dc, dh, dc, dc, axis=1) * factor
+        return [_.op("Gemm", gates, way.r, earlier), dc * keep], [gates]
 
     every, last = way.incoming()
-    dh0, dc0, gates = scan(b, back, [last, way.final(2)], [every, from_h, to_i, to_o, to_f, to_g, f], not way.reverse)
+    first, earlier = way.apart(every, last)
+    dh0, dc0, gates = scan(b, back, [first, way.final(2)], [earlier, from_h, factors, f], not way.reverse)
     gates.shaped(None, None, way.rows)
     found = {
         INPUT: gates @ way.w,
