@@ -39,6 +39,7 @@ class Lane:
         self._loss = Buffer(1, kind.numpy(), "cpu")
         self.gradients = [store.buffer() for store in stores]
         self._first = self._bindings(self.gradients)
+        self._spare: list[Buffer] = []  # kept here: a binding holds only addresses
         self._later: list[Any] = []
         self._adding: list[Callable[[], None]] = []
 
@@ -51,9 +52,10 @@ class Lane:
         losses = []
         for index, feeds in enumerate(calls):
             if index and not self._later:
-                spare = [store.buffer() for store in self._stores]
-                self._later = self._bindings(spare)
-                self._adding = [s.adding(a, b) for s, a, b in zip(self._stores, self.gradients, spare, strict=True)]
+                self._spare = [store.buffer() for store in self._stores]
+                self._later = self._bindings(self._spare)
+                pairs = zip(self._stores, self.gradients, self._spare, strict=True)
+                self._adding = [store.adding(total, other) for store, total, other in pairs]
             bindings = self._later if index else self._first
             losses.append(self._call(bindings[(direction + index) % len(bindings)], feeds))
             if index:

@@ -1,4 +1,4 @@
-"""Ten steps of SGD and AdamW follow PyTorch's (`trajectory.py`) weight by weight, clipped or not, in runs of any length."""
+"""Ten steps of SGD and AdamW follow PyTorch (`trajectory.py`) weight by weight, clipped or not, in any runs."""
 
 from __future__ import annotations
 
