@@ -9,6 +9,7 @@
 4. x times a function of x (Gelu by the error function, SiLU) becomes one node with a gradient of its own.
 5. Scale and bias of a LayerNormalization that only layers read go into these: n (g W) + b W, which is work on weights.
 6. Softmax and the product after it become one node: sum(dP P) of Softmax's gradient is sum(dO O), which is smaller.
+7. An LSTM keeps its gates and cell states, which ONNX Runtime's own operator does not give.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcompress.autodiff.builder import Builder
+from onnxcompress.autodiff.engine import backward
+from onnxcompress.autodiff.errors import NoGradient
 from onnxcompress.autodiff.rule import PARTIALS, Context, Grads, rule
+from onnxcompress.autodiff.rules import recurrent
 from onnxcompress.autodiff.rules.linear import stacked_product
 from onnxcompress.autodiff.tensor import Tensor, broadcast
 
@@ -39,7 +43,7 @@ def fuse(model: ir.Model) -> None:
         if node.op_type in ELEMENTWISE:
             _name_sizes(node)
     for node in [node for node in graph if node.inputs]:
-        for rewrite in (_transposed, _scaled, _gelu, _silu, _normalized, _attention):
+        for rewrite in (_transposed, _scaled, _gelu, _silu, _normalized, _attention, _lstm):
             if node.graph is graph and not node.domain and rewrite(b, node):
                 break
     if any(node.domain == DOMAIN for node in graph):
@@ -195,6 +199,34 @@ def _attention(b: Builder, node: ir.Node) -> bool:
     return True
 
 
+def _lstm(b: Builder, node: ir.Node) -> bool:
+    """7: where its gradient has a rule."""
+    if node.op_type != "LSTM" or node.inputs[0] is None or node.inputs[0].dtype is None:
+        return False
+    try:
+        recurrent.check(_context(b, node), recurrent.LSTM_ACTIVATIONS)
+    except NoGradient:
+        return False
+    ways = 2 if _text(node, "direction", "forward") == "bidirectional" else 1
+    hidden = node.attributes.get_int("hidden_size", 0)
+    count = 3 + ways * recurrent.KEPT
+    fused = ir.Node(DOMAIN, "LSTM", node.inputs, list(node.attributes.values()), num_outputs=count, name=node.name)
+    for i, output in enumerate(fused.outputs):
+        given = node.outputs[i] if i < len(node.outputs) else None
+        output.name = given.name if given is not None and given.name else f"{node.outputs[0].name}/kept_{i}"
+        output.type, output.shape = ir.TensorType(node.inputs[0].dtype), None if given is None else given.shape
+        if i >= 3:
+            output.shape = ir.Shape([None, None, 3 * hidden if (i - 3) % recurrent.KEPT == 0 else hidden])
+    _put(node.graph, node, [fused], fused.outputs[: len(node.outputs)])  # type: ignore[arg-type]
+    return True
+
+
+def _context(b: Builder, node: ir.Node) -> Context:
+    """What a rule gets, for reading a node."""
+    x = [b.wrap(value) if value is not None else None for value in node.inputs]
+    return Context(b, node, x, [b.wrap(y) for y in node.outputs], [], [], backward)  # type: ignore[arg-type]
+
+
 def _become(last: ir.Node, x: ir.Value | None, kind: str) -> bool:
     """The node `kind` takes the place of `last`; with the function of x and what the gradient needs besides."""
     graph, y = last.graph, last.outputs[0]
@@ -232,6 +264,9 @@ def attention_gradient(c: Context) -> Grads:
     return [p * (g @ v.swap() - (g * o).sum(-1)), stacked_product(p, g, v).unbroadcast(v)]
 
 
+rule("LSTM", domain=DOMAIN)(recurrent.lstm_with_kept)
+
+
 def _lowered_attention(b: Builder, scores: Tensor, values: Tensor) -> list[Tensor]:
     p = b.op("Softmax", scores, shape=scores.shape, axis=-1)
     return [p @ values, p]
@@ -265,6 +300,8 @@ def lower(model: ir.Model) -> None:
 
 
 def _written(node: ir.Node, b: Builder) -> list[Tensor]:
+    if node.op_type == "LSTM":
+        return recurrent.lstm_forward(_context(b, node))
     return _LOWERED[node.op_type](b, *(b.wrap(x) for x in node.inputs if x is not None))
 
 

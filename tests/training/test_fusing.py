@@ -182,3 +182,35 @@ def test_attention_sums_over_the_heads_instead_of_the_scores() -> None:
     prepare(loaded)
     fuse(loaded)
     assert [n.op_type for n in loaded.graph if n.domain == DOMAIN] == ["Attention"]
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse", "bidirectional"])
+@pytest.mark.parametrize("full", [True, False])
+def test_an_lstm_keeps_what_its_gradient_needs(direction: str, full: bool) -> None:
+    """All outputs, with and without bias and initial states; the steps of x [3, 5, 4] are its first axis."""
+    ways, hidden = 2 if direction == "bidirectional" else 1, 4
+    inputs = ["h", "a", "r", *(["bias", "", "h0", "c0"] if full else [])]
+    nodes = [
+        node("LSTM", inputs, ["ys", "yh", "yc"], hidden_size=hidden, direction=direction),
+        node("ReduceSum", ["ys", "first"], ["every"], keepdims=0),
+        node("ReduceSum", ["yh", "zeroth"], ["last"], keepdims=0),
+        node("ReduceSum", ["yc", "zeroth"], ["cell"], keepdims=0),
+        node("Mul", ["last", "cell"], ["both"]),
+        node("Add", ["every", "both"], ["y"]),
+    ]
+    arrays = {"a": floats(ways, 16, 4, seed=4), "r": floats(ways, 16, 4, seed=5), "bias": floats(ways, 32, seed=6)}
+    arrays |= {"h0": floats(ways, 5, 4, seed=7), "c0": floats(ways, 5, 4, seed=8)}
+    constants = {"first": np.array([1]), "zeroth": np.array([0])}
+    wrt = ["w", "v", "a", "r", *(["bias", "h0", "c0"] if full else [])]
+    before, after = compare(network(nodes, 17, **arrays, **constants), wrt)
+    assert (before["LSTM"], after["LSTM"], after["Scan"]) == (1, 0, 2 * ways)
+
+
+def test_an_lstm_without_a_rule_stays() -> None:
+    inputs = ["h", "a", "r", "", "lengths"]
+    nodes = [node("LSTM", inputs, ["ys"], hidden_size=4), node("ReduceSum", ["ys", "first"], ["y"], keepdims=0)]
+    arrays = {"a": floats(1, 16, 4, seed=4), "r": floats(1, 16, 4, seed=5), "first": np.array([1])}
+    loaded = load(network(nodes, 17, **arrays, lengths=np.full(5, 2, np.int32)))
+    prepare(loaded)
+    fuse(loaded)
+    assert [n.domain for n in loaded.graph if n.op_type == "LSTM"] == [""]

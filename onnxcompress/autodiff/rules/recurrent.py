@@ -19,6 +19,7 @@ from onnxcompress.autodiff.rule import Context, Grads, rule
 from onnxcompress.autodiff.tensor import Tensor
 
 Step = Callable[[Builder, Sequence[Tensor], Sequence[Tensor]], tuple[Sequence[Tensor], Sequence[Tensor]]]
+LSTM_ACTIVATIONS = ("Sigmoid", "Tanh", "Tanh")
 INPUT, WEIGHT, RECURRENT, BIAS, LENGTHS, STATE, CELL, PEEPHOLES = range(8)
 
 
@@ -71,6 +72,7 @@ class Direction:
     index: int
     reverse: bool
     gates: int
+    forward: bool = False  # before there are hidden states
 
     def __post_init__(self) -> None:
         c, d = self.c, self.index
@@ -84,9 +86,10 @@ class Direction:
         if c.has(BIAS):
             both = c.x[BIAS].at(0, d).shaped(2 * self.rows)
             self.wb, self.rb = both.slice([0], [0], [self.rows]), both.slice([0], [self.rows], [2 * self.rows])
-        self.h = c.output(0).at(1, d).shaped(None, None, self.hidden)
         self.h0 = self._initial(STATE)
-        self.before = self.shifted(self.h, self.h0)
+        if not self.forward:
+            self.h = c.output(0).at(1, d).shaped(None, None, self.hidden)
+            self.before = self.shifted(self.h, self.h0)
 
     def _initial(self, index: int) -> Tensor:
         c = self.c
@@ -148,10 +151,8 @@ Gradients = dict[int, Tensor]  # by input, the direction axis restored
 
 def _layer(c: Context, gates: int, activations: Sequence[str], one: Callable[[Direction], Gradients]) -> Grads:
     """The gradients of all directions put together."""
-    _check(c, activations)
-    reverse = {"forward": [False], "reverse": [True], "bidirectional": [False, True]}
-    ways = [Direction(c, i, back, gates) for i, back in enumerate(reverse[str(c.attr("direction", "forward"))])]
-    found = [one(way) for way in ways]
+    check(c, activations)
+    found = [one(way) for way in _directions(c, gates)]
     result: list[Tensor | None] = []
     for index in range(len(c.node.inputs)):
         parts = [grads[index] for grads in found if index in grads]
@@ -165,7 +166,13 @@ def _layer(c: Context, gates: int, activations: Sequence[str], one: Callable[[Di
     return result
 
 
-def _check(c: Context, activations: Sequence[str]) -> None:
+def _directions(c: Context, gates: int, forward: bool = False) -> list[Direction]:
+    reverse = {"forward": [False], "reverse": [True], "bidirectional": [False, True]}
+    ways = enumerate(reverse[str(c.attr("direction", "forward"))])
+    return [Direction(c, i, back, gates, forward) for i, back in ways]
+
+
+def check(c: Context, activations: Sequence[str]) -> None:
     if c.has(LENGTHS):
         raise c.refuse("sequence_lens has no rule; mask the outputs instead, or cut the sequences to one length")
     if c.has(PEEPHOLES):
@@ -191,24 +198,78 @@ def _bias(way: Direction, wb: Tensor, rb: Tensor | None = None) -> Tensor:
 @rule("LSTM")
 def lstm(c: Context) -> Grads:
     """h = o tanh(C), C = f C' + i g; Hochreiter and Schmidhuber 1997, with forget gates."""
-    return _layer(c, 4, ["Sigmoid", "Tanh", "Tanh"], _lstm)
+    return _layer(c, 4, LSTM_ACTIVATIONS, lambda way: _lstm(way, _recomputed(way)))
 
 
-def _lstm(way: Direction) -> Gradients:
+KEPT = 3  # values a direction of an LSTM keeps for its gradient
+
+
+def lstm_with_kept(c: Context) -> Grads:
+    """The same, of a node that gives what `lstm_forward` keeps as outputs after its three."""
+
+    def one(way: Direction) -> Gradients:
+        sigmoids, g, cells = c.y[3 + KEPT * way.index :][:KEPT]
+        i, o, f = way.split(sigmoids, 2, 3)
+        return _lstm(way, (i, o, f, g, cells))
+
+    return _layer(c, 4, LSTM_ACTIVATIONS, one)
+
+
+def lstm_forward(c: Context) -> list[Tensor]:
+    """Y, Y_h, Y_c of an LSTM node step by step, then of each direction: i, o, f; g; the cell states."""
+    b, found, kept = c.b, [], []
+    for way in _directions(c, 4, forward=True):
+        h, rest = way.hidden, 3 * way.hidden
+
+        def step(
+            _: Builder,
+            states: Sequence[Tensor],
+            now: Sequence[Tensor],
+            way: Direction = way,
+            h: int = h,
+            rest: int = rest,
+        ) -> tuple[list[Tensor], list[Tensor]]:
+            pre = _.op("Gemm", states[0], way.r, now[0], transB=1)
+            sigmoids, g = _.ops("Split", pre, _.ints([rest, h]), outputs=2, axis=1)
+            sigmoids, g = sigmoids.map("Sigmoid"), g.map("Tanh")
+            i, o, f = _.ops("Split", sigmoids, _.ints([h] * 3), outputs=3, axis=1)
+            cell = f * states[1] + i * g
+            hidden = o * cell.map("Tanh")
+            return [hidden, cell], [hidden, sigmoids, g, cell]
+
+        bias = None if way.wb is None or way.rb is None else way.wb + way.rb
+        last, cell, every, *keep = scan(b, step, [way.h0, way.cell()], [way.affine(way.x, way.w, bias)], way.reverse)
+        found.append([every.shaped(None, None, h).unsqueeze(1), last.unsqueeze(0), cell.unsqueeze(0)])
+        kept += keep
+    if len(found) == 1:
+        return [*found[0], *kept]
+    return [
+        *(b.op("Concat", *pair, axis=i) for pair, i in zip(zip(*found, strict=True), (1, 0, 0), strict=True)),
+        *kept,
+    ]
+
+
+Saved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # the gates i, o, f, g and the cell states, [T, N, H] each
+
+
+def _recomputed(way: Direction) -> Saved:
     b = way.b
     bias = None if way.wb is None or way.rb is None else way.wb + way.rb
     pre = (way.affine(way.x, way.w, bias) + way.affine(way.before, way.r, None)).shaped(None, None, way.rows)
     i, o, f, g = way.split(pre, 2)
     i, o, f, g = i.map("Sigmoid"), o.map("Sigmoid"), f.map("Sigmoid"), g.map("Tanh")
-    c0 = way.cell()
 
     def advance(_: Builder, states: Sequence[Tensor], now: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         cell = now[0] * states[0] + now[1]
         return [cell], [cell]
 
-    added = i * g
-    cells = scan(b, advance, [c0], [f, added], way.reverse)[1].shaped(None, None, way.hidden)
-    old = way.shifted(cells, c0)
+    cells = scan(b, advance, [way.cell()], [f, i * g], way.reverse)[1]
+    return i, o, f, g, cells.shaped(None, None, way.hidden)
+
+
+def _lstm(way: Direction, saved: Saved) -> Gradients:
+    b, (i, o, f, g, cells) = way.b, saved
+    old = way.shifted(cells, way.cell())
     t = cells.map("Tanh")
     # Per step: dC += dh o (1 - t^2); then every gate's gradient is a factor known beforehand times dC or dh.
     from_h = o * (1 - t * t)
