@@ -40,7 +40,7 @@ def track(model: ir.Model) -> Running:
     """Put every BatchNormalization of the main graph, in place, into its training form (`spelled_out` must follow).
 
     running' = momentum running + (1 - momentum) of the batch, its variance divided by n, as the operator defines it.
-    Left as they are: nodes whose statistics other nodes use too, a caller may replace, or are no plain constants.
+    Left as they are: nodes whose statistics other nodes use too, or are no plain constants.
     """
     held: dict[tuple[int, int], Weight] = {}
     for weight in weights(model):
@@ -88,7 +88,6 @@ def _is_own(weight: Weight, model: ir.Model) -> bool:
         and weight.attribute is None
         and len(weight.uses) == 1
         and weight.uses[0].index in (MEAN, VARIANCE)
-        and not weight.overridable
         and not weight.value.is_graph_output()
         and isinstance(weight.encoding, Dense)
     )

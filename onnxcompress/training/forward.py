@@ -33,6 +33,8 @@ def forward(model: ir.Model, feeder: Iterable[Any]) -> ir.Model:
         why = opsets.lift(copy, LIFTED, feeder)
         if why:
             raise PassError(f"training needs opset {LEAST_OPSET}, the model has {opset}, and {why}")
+    for value in [v for v in copy.graph.inputs if v.is_initializer()]:
+        copy.graph.inputs.remove(value)  # a default that a caller may replace is trained like any other weight
     hoist(copy)
     untie(copy)
     widen(copy)

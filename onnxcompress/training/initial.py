@@ -51,7 +51,7 @@ def _neutral(weight: Weight) -> np.ndarray | None:
     """What leaves a normalization's result as it is; None where `weight` is no part of one, or of several kinds."""
     values = {_NEUTRAL.get(use.op_type, {}).get(use.index) for use in weight.uses}
     value = values.pop() if len(values) == 1 else None
-    movable = weight.attribute is None and not weight.overridable and not weight.value.is_graph_output()
+    movable = weight.attribute is None and not weight.value.is_graph_output()
     return None if value is None or not movable else np.full(weight.shape, value)
 
 

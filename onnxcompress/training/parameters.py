@@ -181,8 +181,6 @@ def refusal(weight: Weight, behind: set[int]) -> str:
         return "lives in a function of the model"
     if weight.value.is_graph_output():
         return "is itself an output"
-    if weight.overridable:
-        return "may be replaced by the caller"
     if getattr(weight.encoding, "form", None) == "integer":
         return "its consumer takes integers, which no gradient passes"
     if any(use.op_type == "BatchNormalization" and use.index in _RUNNING_STATISTICS for use in weight.uses):

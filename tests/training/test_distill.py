@@ -161,9 +161,9 @@ def test_the_best_epoch_is_kept() -> None:
 
 def test_soft_targets_follow_the_scale_of_the_logits() -> None:
     wide = np.random.default_rng(0).normal(size=(50, 10)).astype(np.float32)
-    assert Objective().temperature_for(wide, 1) == 4
+    assert Objective().temperature_for(wide, 1) == 2
     assert Objective().temperature_for(wide * 1000, 1) == pytest.approx(950, rel=0.1)
-    assert Objective(temperature=2).temperature_for(wide * 1000, 1) == 2
+    assert Objective(temperature=3).temperature_for(wide * 1000, 1) == 3
 
 
 def test_what_does_not_fit_is_refused() -> None:
