@@ -70,7 +70,10 @@ def conv(lowering: Lowering, node: ir.Node) -> Tensor | None:
         source, filters = lowering.b.wrap(x), _once(lowering, w, "few")
     else:
         source, filters = lowering.enter(x), _once(lowering, w, "forward")
-    grown = None if bias is None else layout.channels(lowering.b.wrap(bias), 0)
+    added = None if bias is None else lowering.b.wrap(bias)
+    if added is not None and (added.shape is None or not all(isinstance(size, int) for size in added.shape)):
+        added = added.reshape([outputs])  # an exporter's zeros, expanded at run time
+    grown = None if added is None else layout.channels(added, 0)
     return _run(lowering, source, filters, grown, form, form.pads, (result[0], result[2], result[3]), outputs, group)
 
 
