@@ -24,6 +24,7 @@ from onnxcompress.runtime.session import open_session
 from onnxcompress.training.distill import Conditions, Evaluation, Settings, Trained, distill, write
 from onnxcompress.training.initial import randomize
 from onnxcompress.training.loop import Epoch
+from onnxcompress.training.runner import cores
 from onnxcompress.training.targets import Objective
 from onnxcompress.validation.metrics import metric_named
 
@@ -42,7 +43,7 @@ def train(
     evaluate: Any = None,
     metric: Any = None,
     provider: str = "cpu",
-    threads: int = 1,
+    threads: int | None = None,
     resume: bool = False,
     init: str = "keep",
     progress: Progress | None = None,
@@ -51,13 +52,14 @@ def train(
     """Train the model at `student` and save it at `out`; returns the report.
 
     `init` "random" draws the weights anew first (`initial.randomize`); BatchNormalization is then trained, too, where
-    the settings do not say. `evaluate`, `metric`: what the best epoch is kept by.
+    the settings do not say. `evaluate`, `metric`: what the best epoch is kept by. `threads`: None for as many as there
+    are cores; the result does not depend on it.
 
     Raises:
         OnnxCompressError: one line; nothing is written.
     """
     reading, objective = reading or DataOptions(), objective or Objective()
-    settings = settings or Settings()
+    settings, threads = settings or Settings(), threads or cores()
     if init == "random" and settings.batch_norm is None:
         settings = dataclasses.replace(settings, batch_norm="trained")
     _check(objective, settings, evaluate, metric)
@@ -85,7 +87,7 @@ def train(
             on_epoch=lambda epoch: say(_told(epoch, settings.epochs)),
             identity=identity,
         )
-        evaluation = _evaluation(model, evaluate, metric, options, threads) if evaluate is not None else None
+        evaluation = _evaluation(model, evaluate, metric, options) if evaluate is not None else None
         done = distill(
             original,
             model,
@@ -130,14 +132,15 @@ def _digest(model: ir.Model | None) -> str:
     return source.sha256 if source is not None else ""
 
 
-def _evaluation(model: ir.Model, data: Any, metric: Any, options: dict[str, Any], threads: int) -> Evaluation:
+def _evaluation(model: ir.Model, data: Any, metric: Any, options: dict[str, Any]) -> Evaluation:
+    """On one thread: which epoch is best must not depend on the last bit."""
     source = open_data(data, input_specs(model), **options, last="fill")
     _, evaluator = metric_named(metric)
-    with open_session(model, threads=threads) as session:
+    with open_session(model) as session:
         higher = evaluator(session.run, source).higher_is_better
 
     def score(candidate: ir.Model) -> float:
-        with open_session(candidate, threads=threads) as session:
+        with open_session(candidate) as session:
             return evaluator(session.run, source).score()
 
     return Evaluation(score, higher)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 import math
+import os
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -31,6 +32,11 @@ from onnxcompress.training.update import Store
 # Fake quantization of weights must stay a pair of nodes; spinning would burn the other cores between short steps.
 _CONFIG = {"session.disable_quant_qdq": "1"}
 LANES = 4  # at most: each holds a gradient
+
+
+def cores() -> int:
+    """How many threads this process may run at a time."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Bound:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import pathlib
 import tempfile
 import types
@@ -25,7 +26,11 @@ _LEAST_PROBABILITY = 1e-30
 
 
 class Teacher:
-    """Logits of the heads `heads` of `model` for any feeds."""
+    """Logits of the heads `heads` of `model` for any feeds.
+
+    Each call runs on one thread, and `threads` calls side by side where there are several to make: the last bit of
+    ONNX Runtime's results differs with its number of threads.
+    """
 
     def __init__(self, model: ir.Model, heads: Sequence[Head], *, provider: str = "cpu", threads: int = 1) -> None:
         names = {value.name for value in model.graph.outputs}
@@ -38,7 +43,8 @@ class Teacher:
             model = tapped.model
             self._at = {output: tapped.outputs.get(name, name) for output, name in self._at.items()}
         self._heads = {head.output: head for head in heads}
-        self._session = open_session(model, provider=provider, threads=threads)
+        self._session = open_session(model, provider=provider, threads=1)
+        self.threads = threads
         self._wants = {port.name for port in self._session.inputs}
         self._probabilities: dict[str, bool] = {}
 
@@ -84,10 +90,16 @@ def cache(
         return None
     stored = {name: _empty((samples.count, *array.shape[1:]), total, work) for name, array in first.items()}
     progress.start("teacher", samples.count)
-    for at in range(0, samples.count - size + 1 if samples.count >= size else 1, size):
+    starts = range(0, samples.count - size + 1 if samples.count >= size else 1, size)
+
+    def keep(at: int) -> int:
         chosen = np.arange(at, min(at + size, samples.count))
         _keep(stored, chosen, teacher.logits(_untrimmed(samples, chosen)))
-        progress.step(len(chosen))
+        return len(chosen)
+
+    with concurrent.futures.ThreadPoolExecutor(teacher.threads) as pool:
+        for count in pool.map(keep, starts):
+            progress.step(count)
     rest = samples.count % size
     if rest and samples.count > size:  # a fixed batch wants whole calls: the last one overlaps
         chosen = np.arange(samples.count - size, samples.count)

@@ -18,6 +18,7 @@ from onnxcompress.training.step import TrainingGraph
 from onnxcompress.training.storage import ALIGNED, Buffer, Layout
 from onnxcompress.training.update import RUN, runs
 from tests.training.small import arrays, mlp, opened
+from tests.training.test_features import fresh
 from tests.training.test_step import built
 
 DATA = arrays(24)
@@ -70,11 +71,13 @@ def test_the_result_does_not_depend_on_threads(edges: tuple[int, ...], monkeypat
         assert all(state[name].tobytes() == array.tobytes() for name, array in results[0][1].items())
 
 
-def test_a_whole_training_does_not_depend_on_threads() -> None:
+@pytest.mark.parametrize("taught", [False, True])
+def test_a_whole_training_does_not_depend_on_threads(taught: bool) -> None:
     student = load(mlp())
+    teacher = fresh(student) if taught else None
     settings, data = Settings(epochs=2, batch=32), opened(student, arrays(64), 32)
     found = [
-        distill(None, student, data, settings=settings, conditions=Conditions(threads=threads)) for threads in (1, 2)
+        distill(teacher, student, data, settings=settings, conditions=Conditions(threads=threads)) for threads in (1, 2)
     ]
     for key, parts in found[0].parameters.items():
         assert found[1].parameters[key]["w"].tobytes() == parts["w"].tobytes()
