@@ -36,7 +36,9 @@ class Timing:
 
     `original_p50`, `compressed_p50`: median seconds a run. `ratio`: median of original / compressed over `rounds`,
     above 1 the compressed model is faster; `ratio_low`, `ratio_high` hold the median with 95 % confidence (order
-    statistics; None for fewer than six rounds). `batch`: samples a call.
+    statistics and block bootstrap; None for fewer than six rounds). `batch`: samples a call. p90, p99: order statistics
+    of the timed runs. `warmup`: rounds before; `stable`: neither model became faster any more when timing began.
+    `cpu_class`: of the machine (`runtime.cpu`).
     """
 
     original_p50: float
@@ -47,6 +49,13 @@ class Timing:
     rounds: int
     threads: int
     batch: int
+    original_p90: float
+    compressed_p90: float
+    original_p99: float
+    compressed_p99: float
+    warmup: int
+    stable: bool
+    cpu_class: str
 
 
 @dataclasses.dataclass(frozen=True)

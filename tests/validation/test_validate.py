@@ -20,7 +20,6 @@ from onnxcompress.errors import DataError, MetricError, ModelError, OnnxCompress
 from onnxcompress.model.load import load
 from onnxcompress.runtime.session import Session, open_session
 from onnxcompress.validation.samples import Samples
-from onnxcompress.validation.timing import median_range
 from onnxcompress.validation.validate import validate
 from onnxcompress.validation.verdict import Verdict
 
@@ -294,13 +293,6 @@ def test_labels_by_another_name(task: dict[str, Any]) -> None:
     found = validate(task["good"], task["near"], data=data, labels="target", metric="accuracy", latency=False)
     assert found.score is not None
     assert found.score.n == 1200
-
-
-def test_median_range() -> None:
-    assert median_range([1.0, 2.0, 3.0]) == (None, None)
-    # Binomial(15, 1/2): P(at most 3 below) = 1.76 %, at most 4 = 5.9 %.
-    assert median_range([float(v) for v in range(1, 16)]) == (4.0, 12.0)
-    assert median_range([float(v) for v in range(1, 7)]) == (1.0, 6.0)
 
 
 def test_a_provider_that_took_nodes_is_compared_and_may_still_fail(
