@@ -21,8 +21,8 @@ def rss_anon() -> int | None:
 class PeakRssAnon:
     """Samples `rss_anon` in a thread while its `with` block runs.
 
-    `before` and `peak` in bytes (None off Linux); `growth` is their difference. Peaks shorter than `interval` seconds
-    can be missed.
+    `before`, `peak` and `after` in bytes (None off Linux); `growth`: from `before` to `peak`. Peaks shorter than
+    `interval` seconds can be missed.
     """
 
     def __init__(self, interval: float = 0.01) -> None:
@@ -31,6 +31,7 @@ class PeakRssAnon:
         self._thread: threading.Thread | None = None
         self.before: int | None = None
         self.peak: int | None = None
+        self.after: int | None = None
 
     @property
     def growth(self) -> int | None:
@@ -39,10 +40,11 @@ class PeakRssAnon:
             return None
         return self.peak - self.before
 
-    def _sample(self) -> None:
+    def _sample(self) -> int | None:
         now = rss_anon()
         if now is not None:
             self.peak = max(self.peak or 0, now)
+        return now
 
     def _loop(self) -> None:
         while not self._stop.wait(self._interval):
@@ -61,4 +63,4 @@ class PeakRssAnon:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
-        self._sample()
+        self.after = self._sample()
