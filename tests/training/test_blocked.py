@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -61,10 +62,10 @@ def check(nodes: Sequence[onnx.NodeProto], image: Sequence[int], moved: int, **a
         {"auto_pad": "VALID"},
     ],
 )
-def test_convolution(channels: tuple[int, int], attributes: dict[str, object]) -> None:
+def test_convolution(channels: tuple[int, int], attributes: dict[str, Any]) -> None:
     c, m = channels
     nodes = [node("Conv", ["x", "w", "b"], ["y"], **attributes)]
-    strided = max(attributes.get("strides", [1])) > 1  # type: ignore[call-overload]
+    strided = max(attributes.get("strides", [1])) > 1
     check(nodes, (4, c, 9, 8), 1 if strided else 2, w=floats(m, c, 3, 3, seed=1), b=floats(m, seed=2))
 
 
@@ -80,7 +81,7 @@ def test_convolution(channels: tuple[int, int], attributes: dict[str, object]) -
         {},
     ],
 )
-def test_depthwise(channels: int, attributes: dict[str, object]) -> None:
+def test_depthwise(channels: int, attributes: dict[str, Any]) -> None:
     nodes = [node("Conv", ["x", "w"], ["y"], group=channels, **attributes)]
     check(nodes, (3, channels, 9, 8), 2, w=floats(channels, 1, 3, 3, seed=1))
 
@@ -132,6 +133,17 @@ def test_what_lies_between_stays_blocked() -> None:
             assert np.abs(a - b).max() <= 1e-5 * np.abs(a).max()
     reorders = sum(n.op_type in ("ReorderInput", "ReorderOutput") for n in blocked.graph)
     assert reorders <= 12  # the image, the gradient that enters, and what pooling and the weights' gradients want
+
+
+@needs_kernels
+@pytest.mark.parametrize("channels", [2, 5, 16, 30])
+def test_a_gradient_of_any_number_of_channels_enters(channels: int) -> None:
+    """What comes back from a layer that is not blocked has to be reordered first."""
+    nodes = [
+        node("Conv", ["x", "w"], ["a"], pads=[1, 1, 1, 1]),
+        node("Transpose", ["a"], ["y"], perm=[0, 2, 3, 1]),
+    ]
+    check(nodes, (2, 17, 5, 6), 2, w=floats(channels, 17, 3, 3, seed=1))
 
 
 @needs_kernels

@@ -21,6 +21,7 @@ from onnxcompress.runtime.session import open_session
 
 DOMAIN = "com.microsoft.nchwc"
 _LARGEST = 64
+_WHOLE = 4  # ReorderInput takes channels in multiples of this
 
 
 @functools.cache
@@ -66,6 +67,8 @@ class Layout:
     def enter(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> blocked, the channels that were added zero."""
         n, c, h, w = sizes(x)
+        if c % _WHOLE:
+            x = self.channels(x, 1)
         return node(self.b, "ReorderInput", x, shape=(n, self.padded(c), h, w))
 
     def leave(self, x: Tensor, channels: int) -> Tensor:
