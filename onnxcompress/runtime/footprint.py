@@ -57,7 +57,8 @@ def footprint(
     """
     with tempfile.TemporaryDirectory(prefix="onnxcompress-") as folder:
         data = pathlib.Path(folder) / "feeds.npz"
-        np.savez(data, **{f"i{i}": _plain(name, feeds[name]) for i, name in enumerate(feeds)})
+        arrays: dict[str, Any] = {f"i{i}": _plain(name, value) for i, (name, value) in enumerate(feeds.items())}
+        np.savez(data, **arrays)
         job = {
             "model": os.fspath(model),
             "feeds": os.fspath(data),
