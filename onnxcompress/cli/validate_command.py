@@ -27,6 +27,7 @@ from onnxcompress.validation.validate import validate
     metavar="P",
     help="cpu, cuda, tensorrt, ...; may be repeated  [default: cpu]",
 )
+@click.option("--stop-early", is_flag=True, help="stop once the budget is decided; the samples must be in random order")
 @options.data_options
 @options.common_options
 def command(
@@ -46,7 +47,8 @@ def command(
 ) -> int:
     """Compare COMPRESSED with ORIGINAL: outputs, metric with a bound on its drop, providers, latency, size.
 
-    Exit status 0 for PASS; 1 for FAIL, INCONCLUSIVE, or a provider that did not run.
+    Exit status 0 for PASS; 1 for FAIL, INCONCLUSIVE, or a provider that did not run; 130 when interrupted: the report
+    then holds what was measured so far, marked partial.
     """
     report = Report(json_file, quiet, verbose)
     report.check(original, compressed)
@@ -67,4 +69,6 @@ def command(
     )
     report.write(result.to_json())
     report.table(result)
+    if result.partial:
+        return 130
     return 0 if result.passed else 1

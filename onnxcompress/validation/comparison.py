@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,9 @@ from onnxcompress.validation.metric import BatchMetric, Collector
 from onnxcompress.validation.pairing import feeds_for
 from onnxcompress.validation.result import ProviderRow
 from onnxcompress.validation.samples import Evaluator, RunModel, Samples
+from onnxcompress.validation.sequential import Sequential
 from onnxcompress.validation.values import Positions, RealRows
+from onnxcompress.validation.verdict import Score
 
 
 class Place:
@@ -63,18 +66,20 @@ class Comparison:
         data: Data,
         evaluator: Evaluator | None,
         limit: int | None,
+        sequential: Sequential | None = None,
     ) -> None:
         self._sessions, self._places, self._data = sessions, places, data
-        self._evaluator, self._limit = evaluator, limit
+        self._evaluator, self._limit, self._sequential = evaluator, limit, sequential
         self._names = [port.name for port in sessions[0].outputs]
         self._records = (Collector(), Collector())
         self.agreement = Agreement()
         self.first: Batch | None = None
         self.seen = self.calls = 0
         self.partial = False
+        self.early: Score | None = None  # what decided before all samples were seen
 
     def stream(self, progress: Progress) -> None:
-        """Run every batch through both models."""
+        """Run every batch through both models, until an early look decides or an interrupt ends it."""
         total = self._data.len_hint() or 0
         progress.start("comparing", min(total, self._limit) if self._limit else total)
         rows, positions = RealRows(self._data), Positions(self._sessions[0])
@@ -84,6 +89,10 @@ class Comparison:
                     break
                 self._batch(batch, rows, positions)
                 progress.step(batch.count)
+                if self._sequential is not None and self._sequential.due(self.seen):
+                    self.early = self._sequential.look(self.samples)
+                    if self.early is not None:
+                        break
         except KeyboardInterrupt:
             self.partial = True
         progress.done()
@@ -103,6 +112,8 @@ class Comparison:
             outputs = place.run(batch.feeds, self._names)
             if outputs is not None:
                 place.agreement.update(pair[0], rows.cut(outputs, batch), **where)
+        if self._sequential is not None:
+            self._sequential.order.update(None if batch.labels is None else batch.labels[: batch.count])
         self.first = self.first or batch
         self.seen += batch.count
         self.calls += 1
@@ -117,7 +128,8 @@ class Comparison:
             first, second = (records.columns() for records in self._records)
             n = min(len(column) for column in (*first.values(), *second.values()))  # an interrupt may fall between two
             cut = [{name: column[:n] for name, column in columns.items()} for columns in (first, second)]
-            return self._evaluator.finish(cut[0]), self._evaluator.finish(cut[1])
+            evaluator = copy.copy(self._evaluator)  # what a look settles on few samples must not bind the next
+            return evaluator.finish(cut[0]), evaluator.finish(cut[1])
         if self.partial:
             return None
         try:

@@ -69,7 +69,10 @@ class Size:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One validation. `inputs`: data or synthetic. `partial`: interrupted, so it speaks of fewer samples than asked."""
+    """One validation. `inputs`: data or synthetic. `partial`: interrupted, so it speaks of fewer samples than asked.
+
+    `stopped_early`: an early look decided, so the outputs were compared on the samples seen up to it.
+    """
 
     verdict: Verdict
     reasons: tuple[str, ...]
@@ -83,6 +86,7 @@ class Result:
     inputs: str
     same_bytes: bool = False
     partial: bool = False
+    stopped_early: bool = False
     schema: int = SCHEMA
 
     @property

@@ -10,7 +10,7 @@ import rich.text
 
 from onnxcompress.validation.agreement import OutputAgreement
 from onnxcompress.validation.result import Result
-from onnxcompress.validation.verdict import Verdict
+from onnxcompress.validation.verdict import Verdict, percent
 
 _STYLE = {Verdict.PASS: "bold green", Verdict.FAIL: "bold red", Verdict.INCONCLUSIVE: "bold yellow"}
 
@@ -26,7 +26,7 @@ def show(result: Result, console: rich.console.Console) -> None:
         score = result.score
         note = f"{'rise' if score.relative else 'drop'} {_share(score.drop, score.relative)}"
         if score.bound is not None:
-            note += f", at most {_share(score.bound, score.relative)} ({score.confidence:.0%})"
+            note += f", at most {_share(score.bound, score.relative)} ({percent(score.confidence)})"
         table.add_row(score.metric, f"{score.original:.5g}", f"{score.compressed:.5g}", note)
     if result.latency is not None:
         timing = result.latency

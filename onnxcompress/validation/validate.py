@@ -31,6 +31,7 @@ from onnxcompress.validation.metrics import Whole, metric_named
 from onnxcompress.validation.pairing import check_fit, feeds_for, narrowed
 from onnxcompress.validation.result import ProviderRow, Result, Size, Timing
 from onnxcompress.validation.samples import Evaluator
+from onnxcompress.validation.sequential import Sequential
 from onnxcompress.validation.verdict import Finding, Score, Verdict, judge, judge_agreement, overall, score
 
 
@@ -52,6 +53,7 @@ def validate(
     preprocess: Preprocess | None = None,
     batch: int | None = None,
     latency: bool = True,
+    stop_early: bool = False,
 ) -> Result:
     """Compare `compressed` with `original` on `data`; nothing of the data is held but sums and a few numbers a sample.
 
@@ -60,6 +62,8 @@ def validate(
     `metric`: see `metric_named`; `output`: `NAME` or `NAME[COLUMN]`, else by rule (`validation.metric`).
     `max_drop`: budget of the drop of the metric, absolute; for metrics where lower is better of the relative rise.
     `providers`: where the compressed model is to run beside the CPU; one that took no node fails the validation.
+    `stop_early`: look at the metric at doubling sample counts and stop once it is decided (`validation.sequential`);
+    samples must be in random order, and what is said of the outputs then speaks of those seen.
     `threads`: 1 gives the same bits every time. `latency`: also time both, for about two seconds.
 
     An interrupt (Ctrl-C) ends the pass early: what was seen is reported, marked `partial`.
@@ -95,15 +99,18 @@ def validate(
         size = Size(first.bytes, second.bytes, second.bytes / max(1, first.bytes))
         first.release()
         second.release()
-        work = Comparison(sessions, places, feeder, evaluator, limit)
+        looks = _looks(feeder, evaluator, name, limit, max_drop, seed) if stop_early else None
+        work = Comparison(sessions, places, feeder, evaluator, limit, looks)
         shown = progress or Silent()
         work.stream(shown)
-        pair = work.samples()
-        found = score(name, *pair, max_drop=max_drop, seed=seed) if pair is not None else None
+        found = work.early or _scored(work, looks, name, max_drop, seed)
         timed = _timed(sessions, work.first, threads) if latency and not work.partial else None
         rows = tuple(place.row() for place in places)
     agreement = tuple(work.agreement.results())
-    finding = overall(_findings(work, found, rows, same, data is None, bool(name)))
+    findings = _findings(work, found, rows, same, data is None, bool(name))
+    if looks is not None:
+        findings.append(Finding(Verdict.PASS, (looks.story(work.early is not None),)))
+    finding = overall(findings)
     return Result(
         verdict=finding.verdict,
         reasons=finding.reasons,
@@ -117,7 +124,38 @@ def validate(
         inputs="synthetic" if data is None else "data",
         same_bytes=same,
         partial=work.partial,
+        stopped_early=work.early is not None,
     )
+
+
+def _looks(
+    data: Data, evaluator: Evaluator | None, name: str, limit: int | None, max_drop: float | None, seed: int
+) -> Sequential | None:
+    """The looks of this comparison.
+
+    Raises:
+        MetricError: there is nothing that a look could decide, or no telling when to look.
+    """
+    if max_drop is None:
+        raise MetricError("--stop-early stops once the budget is decided: give one (--metric, --max-drop)")
+    if not isinstance(evaluator, BatchMetric):
+        raise MetricError(f"--stop-early: metric {name} owns its calls, so it cannot be looked at on the way")
+    hint = data.len_hint()
+    total = min(hint, limit) if hint is not None and limit is not None else hint if hint is not None else limit
+    if total is None:
+        raise MetricError(
+            "--stop-early plans its looks by the number of samples, which this data does not tell: --limit"
+        )
+    return Sequential(name, total, max_drop, seed=seed)
+
+
+def _scored(work: Comparison, looks: Sequential | None, name: str, max_drop: float | None, seed: int) -> Score | None:
+    pair = work.samples()
+    if pair is None:
+        return None
+    if looks is not None and not work.partial:
+        return looks.last(pair)
+    return score(name, *pair, max_drop=max_drop, seed=seed)
 
 
 def _timed(sessions: tuple[Session, Session], batch: Batch | None, threads: int) -> Timing | None:

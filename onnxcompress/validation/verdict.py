@@ -32,6 +32,16 @@ class Verdict(enum.Enum):
 
 
 @dataclasses.dataclass(frozen=True)
+class Look:
+    """One look at a comparison: after `n` samples, both bounds at one-sided level 1 - `level`."""
+
+    n: int
+    level: float
+    bound: float | None
+    lower: float | None
+
+
+@dataclasses.dataclass(frozen=True)
 class Score:
     """The metric of both models on the same samples.
 
@@ -39,7 +49,8 @@ class Score:
     `bound` and `lower`: the drop is below / above this, with one-sided 95 % confidence each; None: there is no bound.
     `method`: tango, bootstrap (with fewer than ten differing samples at least `rule_of_three`), or none.
     `only_original`, `only_compressed`: how many samples only that model got right (proportions). `samples_needed`:
-    about how many samples would decide, if more of them look like these.
+    about how many samples would decide, if more of them look like these. `looks`: all looks that were taken, this score
+    being the last of them (`validation.sequential`); none where the samples were looked at once.
     """
 
     metric: str
@@ -57,6 +68,14 @@ class Score:
     only_original: int | None = None
     only_compressed: int | None = None
     samples_needed: int | None = None
+    looks: tuple[Look, ...] = ()
+
+    @property
+    def decided(self) -> bool:
+        """True when a bound shows the drop to lie within the budget, or above it."""
+        if self.max_drop is None or self.bound is None or self.lower is None:
+            return False
+        return self.bound <= self.max_drop or self.lower > self.max_drop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +145,7 @@ def judge(score: Score, *, same_bytes: bool = False) -> Finding:
     if score.lower > score.max_drop:
         return Finding(Verdict.FAIL, (f"{said}: above {budget}",))
     more = (
-        f"about {score.samples_needed:,} samples would decide"
+        f"about {score.samples_needed:,} samples would decide, {score.samples_needed - score.n:,} more"
         if score.samples_needed is not None
         else "the drop is so near the budget that more samples hardly decide"
     )
@@ -250,8 +269,13 @@ def _figures(score: Score) -> str:
         text = f"{score.metric} {score.original:.6g} -> {score.compressed:.6g}"
     text += f", {'rise' if score.relative else 'drop'} {_amount(score.drop, score)}"
     if score.bound is not None:
-        text += f", at most {_amount(score.bound, score)} ({score.confidence:.0%}, one-sided, {score.method})"
+        text += f", at most {_amount(score.bound, score)} ({percent(score.confidence)}, one-sided, {score.method})"
     return text
+
+
+def percent(share: float) -> str:
+    """A confidence for people: 95%, 99.5%, never 100%."""
+    return f"{math.floor(share * 1000) / 10:g}%" if abs(share * 100 - round(share * 100)) > 1e-6 else f"{share:.0%}"
 
 
 def _amount(value: float, score: Score) -> str:
