@@ -22,7 +22,7 @@ import numpy as np
 
 from onnxcompress.errors import DataError, ModelError, OnnxCompressError, RuntimeUnavailable
 from onnxcompress.model.limits import DEFAULT
-from onnxcompress.runtime import providers
+from onnxcompress.runtime import obstacles, plugins, providers
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -37,6 +37,12 @@ _BUILDS = (
     "onnxruntime-migraphx",
     "onnxruntime-silicon",
     "onnxruntime-training",
+    "onnxruntime-training-cpu",
+    "onnxruntime-webgpu",
+    "onnxruntime-windowsml",
+    "onnxruntime-trt-rtx",
+    "onnxruntime-cann",
+    "onnxruntime-coreml",
 )
 _FOLDER_KEY = "session.model_external_initializers_file_folder_path"
 _NUMPY = {"float": "float32", "double": "float64", "float16": "float16", "bool": "bool", "string": "object"}
@@ -114,13 +120,19 @@ class Session:
     def _optional(port: Port) -> bool:
         return port.type.startswith("optional(")
 
+    def end_profile(self) -> pathlib.Path | None:
+        """End the profile and go on without one; returns its file, None where none was asked for or it has ended."""
+        path, self._profile = self._profile, None
+        if self._inner is not None and path is not None:
+            # ONNX Runtime appends a time stamp to the prefix it is given.
+            shutil.move(self._inner.end_profiling(), path)
+        return path
+
     def close(self) -> None:
         """End the profile, release the session and its temporary files. Safe to call twice."""
-        inner, self._inner = self._inner, None
-        if inner is not None and self._profile is not None:
-            # ONNX Runtime appends a time stamp to the prefix it is given.
-            shutil.move(inner.end_profiling(), self._profile)
-        del inner
+        if self._inner is not None:
+            self.end_profile()
+        self._inner = None
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
@@ -164,23 +176,19 @@ def open_session(
     """
     wanted = providers.provider_class(provider)
     ort = onnxruntime()
-    available = ort.get_available_providers()
-    if wanted not in available:
-        raise RuntimeUnavailable(providers.missing(wanted, available))
+    devices = _devices(ort, wanted)
     options = _options(ort, threads, optimize, {**(config or {})})
     profile_path = pathlib.Path(profile) if profile is not None else None
     if profile_path is not None:
         options.enable_profiling = True
         options.profile_file_prefix = os.fspath(profile_path)
     source, label, folder = _source(model, options)
-    chosen: list[Any] = [(wanted, dict(provider_options))] if provider_options else [wanted]
-    if wanted != "CPUExecutionProvider":
-        chosen.append("CPUExecutionProvider")
+    given = {**(plugins.defaults(wanted) if devices else {}), **(provider_options or {})}
     try:
-        inner = ort.InferenceSession(source, options, providers=chosen, enable_fallback=0)
+        inner = _inner(ort, source, options, wanted, given, devices)
         inner.disable_fallback()  # or `run` would re-create the session on the CPU when the provider fails
         if wanted not in inner.get_providers():
-            raise RuntimeUnavailable(providers.did_not_start(wanted, inner.get_providers()))
+            raise RuntimeUnavailable(providers.did_not_start(wanted, inner.get_providers(), _obstacle(ort, wanted)))
         return Session(inner, label, folder, profile_path)
     except BaseException as error:
         if folder is not None:
@@ -189,8 +197,55 @@ def open_session(
             raise
         said = first_line(error)
         if wanted != "CPUExecutionProvider" and type(error).__name__ in ("EPFail", "RuntimeError", "RuntimeException"):
-            raise RuntimeUnavailable(f"{providers.did_not_start(wanted, [])}; ONNX Runtime said: {said}") from error
+            raise RuntimeUnavailable(providers.did_not_start(wanted, [], _obstacle(ort, wanted) or said)) from error
         raise ModelError(f"{label}: ONNX Runtime refuses it: {said}") from error
+
+
+def _devices(ort: Any, wanted: str) -> list[Any]:
+    """The devices of a provider that is a plugin; empty for one that is in the build."""
+    available = ort.get_available_providers()
+    registered = wanted in available and wanted not in plugins.packages()
+    devices = [] if registered else plugins.devices(ort, wanted)
+    if not devices and wanted not in available:
+        raise RuntimeUnavailable(providers.missing(wanted, available, plugin=wanted in plugins.packages()))
+    return devices
+
+
+def _inner(ort: Any, source: Any, options: Any, wanted: str, given: dict[str, str], devices: list[Any]) -> Any:
+    """The session of ONNX Runtime on `wanted`, or on what it falls back to; the caller looks which."""
+    if wanted == "CPUExecutionProvider":
+        return ort.InferenceSession(
+            source, options, providers=[(wanted, given) if given else wanted], enable_fallback=0
+        )
+    # A provider that cannot load writes to the log of the process, whatever the log level of the session.
+    ort.set_default_logger_severity(4)
+    try:
+        if devices:
+            options.add_provider_for_devices(devices[:1], given)
+            return ort.InferenceSession(source, options, enable_fallback=0)
+        obstacles.prepare(ort, wanted)
+        chosen: list[Any] = [(wanted, given) if given else wanted, "CPUExecutionProvider"]
+        return ort.InferenceSession(source, options, providers=chosen, enable_fallback=0)
+    finally:
+        ort.set_default_logger_severity(2)  # ONNX Runtime's default, which it does not let one ask for
+
+
+def _obstacle(ort: Any, wanted: str) -> str:
+    """What stands in the way of a provider, with the mend, in one line; empty when nothing is found."""
+    found = obstacles.obstacle(ort, wanted)
+    return "" if found is None else f"{found.reason}: {found.mend}" if found.mend else found.reason
+
+
+def installed() -> list[str]:
+    """Installed builds of onnxruntime, which all bring the module of that name: more than one is a mixture."""
+    import importlib.metadata
+
+    found = []
+    for name in _BUILDS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            importlib.metadata.distribution(name)
+            found.append(name)
+    return found
 
 
 @functools.cache
@@ -201,28 +256,26 @@ def onnxruntime() -> Any:
         RuntimeUnavailable: it is not installed, two builds are mixed, or it cannot be imported.
     """
     import importlib
-    import importlib.metadata
 
-    installed = []
-    for name in _BUILDS:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            importlib.metadata.distribution(name)
-            installed.append(name)
-    if len(installed) > 1:
-        raise RuntimeUnavailable(
-            f"{' and '.join(installed)} are both installed and overwrite each other: "
-            f"pip uninstall -y {' '.join(installed)}, then install one of them"
-        )
+    builds = installed()
+    if len(builds) > 1:
+        raise RuntimeUnavailable(mixed(builds))
     try:
         return importlib.import_module("onnxruntime")
     except ImportError as error:
-        if installed:
-            raise RuntimeUnavailable(
-                f"{installed[0]} is installed but cannot be imported: {first_line(error)}"
-            ) from error
+        if builds:
+            raise RuntimeUnavailable(f"{builds[0]} is installed but cannot be imported: {first_line(error)}") from error
         raise RuntimeUnavailable(
             "onnxruntime is not installed: pip install 'onnxcompress[cpu]', or 'onnxcompress[gpu]' for an NVIDIA GPU"
         ) from error
+
+
+def mixed(builds: Sequence[str]) -> str:
+    """What to say of several builds of onnxruntime in one environment."""
+    return (
+        f"{' and '.join(builds)} are both installed and overwrite each other: "
+        f"pip uninstall -y {' '.join(builds)}, then install one of them"
+    )
 
 
 def first_line(error: BaseException) -> str:
