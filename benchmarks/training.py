@@ -29,6 +29,7 @@ from measure import measure
 
 Step = Callable[[], float]
 SEED, LR = 0, 1e-4
+LABELS, CLASSES = "train/labels", "train/classes"
 
 
 def pytorch(name: str, batch: int, threads: int, clip: float | None, batch_norm: str) -> Step:
@@ -86,6 +87,14 @@ def exported(name: str, batch_norm: str, folder: pathlib.Path) -> pathlib.Path:
 
 def ours(path: pathlib.Path, name: str, batch: int, threads: int, clip: float | None, batch_norm: str) -> Step:
     """Our step on the exported network."""
+    from training_networks import NETWORKS
+
+    feeds, labels = drawn(name, batch)
+    return our_step(path, feeds, labels, NETWORKS[name].classes, threads, clip, batch_norm)
+
+
+def drawn(name: str, batch: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """The inputs and labels that PyTorch's side draws."""
     import torch
     from training_networks import NETWORKS, settled
 
@@ -94,8 +103,7 @@ def ours(path: pathlib.Path, name: str, batch: int, threads: int, clip: float | 
     settled(network)  # draws the numbers the other side drew
     inputs = network.inputs(batch)
     labels = torch.randint(0, network.classes, (batch, network.positions) if network.positions else (batch,))
-    feeds = {key: value.numpy() for key, value in zip(network.names, inputs, strict=True)}
-    return our_step(path, feeds, labels.numpy(), network.classes, threads, clip, batch_norm)
+    return {key: value.numpy() for key, value in zip(network.names, inputs, strict=True)}, labels.numpy()
 
 
 def our_step(
@@ -178,14 +186,25 @@ def compare(name: str, threads: int, args: argparse.Namespace, folder: pathlib.P
 
 
 def memory(name: str, args: argparse.Namespace) -> None:
-    """One line: peak RssAnon of a process that trains for 20 steps, less what it holds before it opens the network."""
+    """One line: peak RssAnon of a process that trains for 20 steps, the libraries that it needs included.
+
+    The network is exported beforehand, and ours runs without torch, as its user does.
+    """
+    from training_networks import NETWORKS
+
     found = {}
-    for side in ("ours", "pytorch"):
-        here = [sys.executable, __file__, name, "--side", side, "--batch-norm", args.batch_norm]
-        run = measure([*here, *(["--batch", str(args.batch)] if args.batch else [])])
-        if run.status:
-            raise SystemExit(run.err)
-        found[side] = (run.peak or 0) / 1e6
+    with tempfile.TemporaryDirectory() as folder:
+        path = exported(name, args.batch_norm, pathlib.Path(folder))
+        feeds, labels = drawn(name, args.batch or NETWORKS[name].batch)
+        np.savez(path.with_suffix(".npz"), **feeds, **{LABELS: labels, CLASSES: np.array(NETWORKS[name].classes)})
+        for side in ("ours", "pytorch"):
+            here = [sys.executable, __file__, name if side == "pytorch" else path, "--side", side]
+            run = measure(
+                [*here, "--batch-norm", args.batch_norm, *(["--batch", str(args.batch)] if args.batch else [])]
+            )
+            if run.status:
+                raise SystemExit(run.err)
+            found[side] = (run.peak or 0) / 1e6
     ratio = found["ours"] / found["pytorch"]
     print(
         f"{name:10s} peak: ours {found['ours']:.0f} MB, PyTorch {found['pytorch']:.0f} MB, ratio {ratio:.2f}",
@@ -207,6 +226,13 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--side", choices=["ours", "pytorch"], help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.side == "ours":  # without torch
+        path = pathlib.Path(args.networks[0])
+        with np.load(path.with_suffix(".npz")) as stored:
+            given = dict(stored)
+        labels, classes = given.pop(LABELS), int(given.pop(CLASSES))
+        train(our_step(path, given, labels, classes, 1, args.clip, args.batch_norm))
+        return
     from training_networks import NETWORKS
 
     from onnxcompress.runtime.cpu import cpu_class
@@ -217,20 +243,18 @@ def main() -> None:
         for name in args.networks or NETWORKS:
             batch = args.batch or NETWORKS[name].batch
             if args.side == "pytorch":
-                step = pytorch(name, batch, 1, args.clip, args.batch_norm)
-            elif args.side == "ours":
-                step = ours(
-                    exported(name, args.batch_norm, pathlib.Path(folder)), name, batch, 1, args.clip, args.batch_norm
-                )
+                train(pytorch(name, batch, 1, args.clip, args.batch_norm))
             elif args.memory:
                 memory(name, args)
-                continue
             else:
                 for threads in args.threads:
                     compare(name, threads, args, pathlib.Path(folder))
-                continue
-            for _ in range(20):
-                step()
+
+
+def train(step: Step) -> None:
+    """Some steps."""
+    for _ in range(20):
+        step()
 
 
 if __name__ == "__main__":
