@@ -147,6 +147,19 @@ def test_a_gradient_of_any_number_of_channels_enters(channels: int) -> None:
 
 
 @needs_kernels
+def test_a_normalization_stays_blocked() -> None:
+    nodes = [
+        node("Conv", ["x", "w"], ["a"], pads=[1, 1, 1, 1]),
+        node("BatchNormalization", ["a", "scale", "bias", "mean", "variance"], ["b"], epsilon=1e-3),
+        node("Relu", ["b"], ["y"]),
+    ]
+    arrays = {name: floats(20, seed=i) for i, name in enumerate(("scale", "bias", "mean"), 2)}
+    arrays["variance"] = np.abs(floats(20, seed=9)) + 0.1
+    moved = check(nodes, (2, 16, 5, 6), 2, w=floats(20, 16, 3, 3, seed=1), **arrays)
+    assert all(n.op_type != "BatchNormalization" for n in moved.graph)
+
+
+@needs_kernels
 def test_what_it_cannot_move_stays() -> None:
     """Grouped but not depthwise, and one-dimensional."""
     grouped = [node("Conv", ["x", "w"], ["y"], group=2)]

@@ -13,7 +13,7 @@ from onnxcompress.training.blocked.layout import node as blocked_node
 from onnxcompress.training.blocked.layout import sizes, turned
 
 if TYPE_CHECKING:
-    from onnxcompress.training.blocked.lower import Lowering
+    from onnxcompress.training.blocked.lowering import Lowering
 
 FLOAT = ir.DataType.FLOAT
 

@@ -6,6 +6,7 @@ plain gets it reordered once. ONNX Runtime does the same by itself where weights
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
@@ -102,6 +103,8 @@ class Lowering:
             return self._elementwise(node)
         if node.domain == "" and node.op_type in ("ReduceSum", "ReduceMean"):
             return self._reduction(node)
+        if node.domain == "" and node.op_type == "BatchNormalization":
+            return self._normalization(node)
         return False
 
     # Values ----------------------------------------------------------------------------------------------------------
@@ -187,6 +190,24 @@ class Lowering:
         self.keep(output, self.layout.close(found) if opened else found)
         return True
 
+    def _normalization(self, node: ir.Node) -> bool:
+        """BatchNormalization by given statistics: one factor and one summand a channel."""
+        x, image = node.inputs[0], _shape(node.outputs[0])
+        others = list(node.inputs[1:5])
+        if x is None or x not in self.blocked or image is None or len(image) != 4:
+            return False
+        if any(v is None or v.dtype != FLOAT or _shape(v) != [image[1]] for v in others):
+            return False
+        if any(y.uses() or y.is_graph_output() for y in node.outputs[1:]):
+            return False
+        scale, bias, mean, variance = (self.b.wrap(v) for v in others if v is not None)
+        factor = scale / (variance + node.attributes.get_float("epsilon", 1e-5)).map("Sqrt")
+        summand = bias - mean * factor
+        blocks = self.layout.open(self.blocked[x])
+        found = blocks * self._of_channels(factor, 1) + self._of_channels(summand, 1)
+        self.keep(node.outputs[0], self.layout.close(found))
+        return True
+
     def _kind(self, x: ir.Value | None, image: list[int] | None) -> str:
         """What an operand is beside an image [N, C, H, W]."""
         if x is None:
@@ -208,8 +229,13 @@ class Lowering:
     def _channelwise(self, x: ir.Value) -> Tensor:
         """[N or 1, C, 1, 1] as [N or 1, C/B, 1, 1, B]."""
         shape = [1] * (4 - len(_shape(x) or [])) + (_shape(x) or [])
-        flat = self.layout.channels(self.b.wrap(x).reshape(shape[:2]), 1)
-        return flat.reshape([shape[0], self.layout.padded(shape[1]) // self.layout.size, 1, 1, self.layout.size])
+        return self._of_channels(self.b.wrap(x), shape[0])
+
+    def _of_channels(self, x: Tensor, samples: int) -> Tensor:
+        """`x`, which holds N C values, as [N, C/B, 1, 1, B]."""
+        layout, count = self.layout, math.prod(sizes(x)) // samples
+        flat = layout.channels(x.reshape([samples, count]), 1)
+        return flat.reshape([samples, layout.padded(count) // layout.size, 1, 1, layout.size])
 
     def _reduction(self, node: ir.Node) -> bool:
         """A sum or mean over all but the channels: over the rows of [N H W, C], which is one pass."""
