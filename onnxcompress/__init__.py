@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from onnxcompress.api import compress as compress
     from onnxcompress.inspection import inspect as inspect
+    from onnxcompress.linting import lint as lint
     from onnxcompress.model.load import load as load
     from onnxcompress.model.save import save as save
     from onnxcompress.model.weights import weights as weights
@@ -23,13 +24,14 @@ _WHERE = {
     "Recipe": "onnxcompress.recipe",
     "compress": "onnxcompress.api",
     "inspect": "onnxcompress.inspection",
+    "lint": "onnxcompress.linting",
     "load": "onnxcompress.model.load",
     "save": "onnxcompress.model.save",
     "validate": "onnxcompress.validation.validate",
     "weights": "onnxcompress.model.weights",
 }
 
-__all__ = ["Recipe", "compress", "inspect", "load", "save", "validate", "weights"]
+__all__ = ["Recipe", "compress", "inspect", "lint", "load", "save", "validate", "weights"]
 
 
 def __getattr__(name: str) -> Any:

@@ -18,6 +18,7 @@ COMMANDS = {
     "distill": "heal a compressed model: train it to give the original's outputs",
     "train": "train a model on labels, from where it stands or from scratch",
     "validate": "compare a compressed model with its original",
+    "lint": "what a deployment target would refuse, run slowly or compute differently",
     "inspect": "what a model is, where its bytes are, what each pass could touch",
     "passes": "every installed pass, its parameters and defaults",
 }

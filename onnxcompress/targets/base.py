@@ -10,6 +10,20 @@ Bias = Literal["float", "int32"]
 
 
 @dataclasses.dataclass(frozen=True)
+class Limit:
+    """What a target asks of an operator that it takes.
+
+    `constant`: inputs that must be constants. `attributes`: name -> values taken; where the attribute is a list, each
+    of its elements must be one of them. `outputs`: how many outputs may be used.
+    """
+
+    operator: str
+    constant: tuple[int, ...] = ()
+    attributes: tuple[tuple[str, tuple[object, ...]], ...] = ()
+    outputs: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Target:
     """One row of the table.
 
@@ -21,6 +35,12 @@ class Target:
     give integers of one scale; `joined`: operators that run in integers between quantized inputs and a quantized
     output. `bias`: how the bias of a quantized layer is stored where its output is float. `refused`: operators
     (op type, or op type and what about it) that the target does not take. `note`: what a report says about the target.
+
+    The rest is read by the lint. `strict`: the target fails on what it does not take; else another provider runs it.
+    `zero_points`, `channels`, `between`, `weight_only`: zero points other than 0, a scale a channel for activations,
+    operators on integers between Q and DQ, and int8 weights with float activations are taken. `types`: element types of
+    Q/DQ; None: any. `blocks`: block sizes of 4-bit weights; (): any. `domains`: of operators; None: any. `opsets`:
+    least and greatest. `slow`: operators that run there, with why one would rather not. `limits`: see `Limit`.
     """
 
     name: str
@@ -37,3 +57,14 @@ class Target:
     weight_axis: tuple[tuple[str, int], ...] = ()
     refused: frozenset[str] = frozenset()
     note: str = ""
+    strict: bool = False
+    zero_points: bool = True
+    channels: bool = True
+    between: bool = True
+    weight_only: bool = True
+    types: frozenset[str] | None = None
+    blocks: tuple[int, ...] = ()
+    domains: frozenset[str] | None = None
+    opsets: tuple[int, int] | None = None
+    slow: tuple[tuple[str, str], ...] = ()
+    limits: tuple[Limit, ...] = ()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from onnxcompress.targets.base import Target
 
+FLOAT8 = ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz")
 SAME_SCALE = frozenset({"MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze"})
 
 CPU = Target(
@@ -22,4 +23,10 @@ CPU = Target(
     pass_through=SAME_SCALE,
     joined=frozenset({"Add", "Concat", "AveragePool", "GlobalAveragePool"}),
     bias="int32",
+    types=frozenset({"int2", "uint2", "int4", "uint4", "int8", "uint8", "int16", "uint16", "int32", *FLOAT8}),
+    slow=(
+        ("ConvInteger", "int8 convolutions quantized at run time run 2 to 6 times slower than float"),
+        ("MatMulBnb4", "runs 6.7 times slower than float"),
+        *((name, "runs in float") for name in FLOAT8),
+    ),
 )

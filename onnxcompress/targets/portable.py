@@ -9,4 +9,10 @@ import dataclasses
 
 from onnxcompress.targets.cpu import CPU
 
-PORTABLE = dataclasses.replace(CPU, name="portable", weights="reduced")
+PORTABLE = dataclasses.replace(
+    CPU,
+    name="portable",
+    weights="reduced",
+    strict=True,
+    domains=frozenset({"", "ai.onnx", "ai.onnx.ml"}),
+)

@@ -8,6 +8,7 @@ operator, no integer initializer but in front of DequantizeLinear.
 from __future__ import annotations
 
 from onnxcompress.targets.base import Target
+from onnxcompress.targets.tensorrt_operators import INTEGER, LIMITS, UNSUPPORTED
 
 TENSORRT = Target(
     name="tensorrt",
@@ -21,7 +22,15 @@ TENSORRT = Target(
     joined=frozenset({"Add"}),
     bias="float",
     weight_axis=(("Conv", 0), ("ConvTranspose", 1)),
-    refused=frozenset(
-        {"DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "uint8 initializer"}
-    ),
+    refused=INTEGER | UNSUPPORTED | {"uint8 initializer"},
+    strict=True,
+    zero_points=False,
+    channels=False,
+    between=False,
+    weight_only=False,
+    types=frozenset({"int8", "int4", "float8_e4m3fn", "float4_e2m1fn"}),
+    blocks=(64, 128),
+    domains=frozenset({"", "ai.onnx", "trt.plugins"}),
+    opsets=(9, 22),
+    limits=LIMITS,
 )
