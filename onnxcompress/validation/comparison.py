@@ -3,57 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from onnxcompress.contract import Progress
 from onnxcompress.data.batch import Batch, Data
-from onnxcompress.errors import DataError, ModelError
-from onnxcompress.runtime.providers import PROVIDERS, short_name
 from onnxcompress.runtime.session import Session
-from onnxcompress.validation import placement
 from onnxcompress.validation.agreement import Agreement
 from onnxcompress.validation.metric import BatchMetric, Collector
 from onnxcompress.validation.pairing import feeds_for
-from onnxcompress.validation.result import ProviderRow
+from onnxcompress.validation.place import Place
 from onnxcompress.validation.samples import Evaluator, RunModel, Samples
 from onnxcompress.validation.sequential import Sequential
 from onnxcompress.validation.values import Positions, RealRows
 from onnxcompress.validation.verdict import Score
-
-
-class Place:
-    """The compressed model on one requested provider. The CPU is run anyway, as both models' reference."""
-
-    def __init__(self, provider: str, open_it: Callable[[str, Mapping[str, str]], Session]) -> None:
-        self.name = short_name(provider)
-        self.session: Session | None = None
-        self.nodes: dict[str, int] = {}
-        self.reason: str | None = None
-        self.agreement = Agreement()
-        self.cpu = provider == PROVIDERS["cpu"]
-        if not self.cpu:
-            self.session, nodes, self.reason = placement.attempt(provider, lambda: open_it(self.name, placement.RECORD))
-            self.nodes = {short_name(key): count for key, count in nodes.items()}
-
-    def run(self, feeds: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any] | None:
-        """The outputs there; None when it does not run."""
-        if self.session is None:
-            return None
-        try:
-            return self.session.run(feeds_for(self.session, feeds), names)
-        except (ModelError, DataError) as error:
-            self.reason, self.session = str(error), None
-            return None
-
-    def row(self) -> ProviderRow:
-        ran = self.cpu or self.session is not None
-        return ProviderRow(self.name, ran, self.reason, self.nodes, tuple(self.agreement.results()))
-
-    def close(self) -> None:
-        """Close its session, which `row` still counts as having run."""
-        if self.session is not None:
-            self.session.close()
 
 
 class Comparison:
@@ -69,7 +32,7 @@ class Comparison:
         sequential: Sequential | None = None,
     ) -> None:
         self._sessions, self._places, self._data = sessions, places, data
-        self._evaluator, self._limit, self._sequential = evaluator, limit, sequential
+        self.evaluator, self._limit, self._sequential = evaluator, limit, sequential
         self._names = [port.name for port in sessions[0].outputs]
         self._records = (Collector(), Collector())
         self.agreement = Agreement()
@@ -104,14 +67,12 @@ class Comparison:
         valid = {name: positions.of(name, batch) for name in self._names} if batch.valid is not None else None
         where: dict[str, Any] = {"start": batch.start, "count": batch.count, "valid": valid}
         self.agreement.update(pair[0], pair[1], **where)
-        if isinstance(self._evaluator, BatchMetric) and not self.agreement.misfit:
-            scored = [self._evaluator.columns(outputs, batch) for outputs in pair]
+        if isinstance(self.evaluator, BatchMetric) and not self.agreement.misfit:
+            scored = [self.evaluator.columns(outputs, batch) for outputs in pair]
             for records, columns in zip(self._records, scored, strict=True):
                 records.add(columns)
         for place in self._places:
-            outputs = place.run(batch.feeds, self._names)
-            if outputs is not None:
-                place.agreement.update(pair[0], rows.cut(outputs, batch), **where)
+            place.see(batch, pair[0], rows, self._names, where, self.evaluator)
         if self._sequential is not None:
             self._sequential.order.update(None if batch.labels is None else batch.labels[: batch.count])
         self.first = self.first or batch
@@ -120,21 +81,21 @@ class Comparison:
 
     def samples(self) -> tuple[Samples, Samples] | None:
         """The records of both models; None without a metric, when outputs do not fit, or when interrupted too early."""
-        if self._evaluator is None or self.agreement.misfit:
+        if self.evaluator is None or self.agreement.misfit:
             return None
-        if isinstance(self._evaluator, BatchMetric):
+        if isinstance(self.evaluator, BatchMetric):
             if not self.seen:
                 return None
             first, second = (records.columns() for records in self._records)
             n = min(len(column) for column in (*first.values(), *second.values()))  # an interrupt may fall between two
             cut = [{name: column[:n] for name, column in columns.items()} for columns in (first, second)]
-            evaluator = copy.copy(self._evaluator)  # what a look settles on few samples must not bind the next
+            evaluator = copy.copy(self.evaluator)  # what a look settles on few samples must not bind the next
             return evaluator.finish(cut[0]), evaluator.finish(cut[1])
         if self.partial:
             return None
         try:
-            first_whole = self._evaluator(_runner(self._sessions[0]), self._data)
-            return first_whole, self._evaluator(_runner(self._sessions[1]), self._data)
+            first_whole = self.evaluator(_runner(self._sessions[0]), self._data)
+            return first_whole, self.evaluator(_runner(self._sessions[1]), self._data)
         except KeyboardInterrupt:
             self.partial = True
             return None

@@ -8,26 +8,13 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from onnxcompress.validation.agreement import OutputAgreement
+from onnxcompress.validation.placement import ProviderRow
 from onnxcompress.validation.verdict import Score, Verdict
 
 if TYPE_CHECKING:
     import rich.console
 
 SCHEMA = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class ProviderRow:
-    """A requested execution provider: did it really run nodes of the compressed model, and if not, why.
-
-    `nodes`: how many nodes each provider took. `agreement`: outputs there against the original on the CPU.
-    """
-
-    provider: str
-    ran: bool
-    reason: str | None = None
-    nodes: dict[str, int] = dataclasses.field(default_factory=dict)
-    agreement: tuple[OutputAgreement, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ import rich.table
 import rich.text
 
 from onnxcompress.validation.agreement import OutputAgreement
+from onnxcompress.validation.placement import ProviderRow
 from onnxcompress.validation.result import Result
 from onnxcompress.validation.verdict import Verdict, percent
 
@@ -38,17 +39,33 @@ def show(result: Result, console: rich.console.Console) -> None:
     for output in result.agreement:
         table.add_row(rich.text.Text(f"output {output.name}"), "", "", rich.text.Text(agreement_text(output)))
     for row in result.providers:
-        note = (
-            f"ran ({', '.join(f'{name}: {count} nodes' for name, count in row.nodes.items())})" if row.nodes else "ran"
-        )
-        said = note if row.ran else f"did not run: {row.reason}"
-        if row.ran and row.agreement:
-            said += "; " + "; ".join(f"{output.name}: {agreement_text(output)}" for output in row.agreement)
-        table.add_row(f"provider {row.provider}", "", "", rich.text.Text(said))
+        table.add_row(f"provider {row.provider}", "", "", rich.text.Text(provider_text(row)))
     console.print(table)
     for reason in result.reasons:
         console.print(rich.text.Text(f"  {reason}"))
     console.print(rich.text.Text(result.verdict.value, style=_STYLE[result.verdict]))
+
+
+def provider_text(row: ProviderRow) -> str:
+    """One provider in one line: what ran where, what was left, how near, how good, how fast."""
+    if not row.ran:
+        return f"did not run: {row.reason}"
+    shares = row.macs or {}
+    parts = [
+        f"{name}: {count} nodes" + (f", {shares[name]:.1%} of MACs" if name in shares else "")
+        for name, count in row.nodes.items()
+    ]
+    said = [f"ran ({'; '.join(parts)})" if parts else "ran"]
+    said += [f"not taken: {'; '.join(map(str, row.fell_back[:3]))}"] if row.fell_back else []
+    if row.score is not None:
+        said.append(f"{row.score.metric} {row.score.compressed:.5g}")
+    if row.latency_p50 is not None:
+        said.append(f"{_seconds(row.latency_p50)} a call of {row.batch}")
+    if row.memory is not None:
+        said.append(f"{_bytes(row.memory)} of memory")
+    if row.device_memory is not None:
+        said.append(f"{_bytes(row.device_memory)} of device memory")
+    return "; ".join([*said, *(f"{output.name}: {agreement_text(output)}" for output in row.agreement)])
 
 
 def agreement_text(output: OutputAgreement) -> str:
@@ -64,12 +81,20 @@ def agreement_text(output: OutputAgreement) -> str:
         parts.append(f"SQNR {output.sqnr_db:.1f} dB")
     if output.max_abs is not None:
         parts.append(f"max abs {output.max_abs:.3g}")
+    if output.mean_relative is not None:
+        parts.append(f"mean rel {output.mean_relative:.2g}")
     if output.kind != "float":
         parts.append(f"{output.equal:.2%} equal")
     if output.top1 is not None:
         parts.append(f"top-1 {output.top1:.2%}")
+    if output.top5 is not None:
+        parts.append(f"top-5 {output.top5:.2%}")
+    if output.kl is not None:
+        parts.append(f"KL {output.kl:.2g}")
     if output.nonfinite_compressed:
         parts.append(f"NaN/Inf {output.nonfinite_compressed:,}")
+    if output.worst:
+        parts.append(f"worst at {output.worst[0].index}")
     return ", ".join(parts)
 
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,19 +21,25 @@ from onnxcompress.data.source import open_data
 from onnxcompress.data.specs import input_specs
 from onnxcompress.data.synthetic import synthetic_feeds
 from onnxcompress.errors import DataError, MetricError, ModelError
+from onnxcompress.model.cost import NodeCost, costs
 from onnxcompress.model.load import Loadable, load, source_of
 from onnxcompress.model.sizes import saved_bytes
-from onnxcompress.runtime.providers import provider_class
+from onnxcompress.runtime.choice import Choice
+from onnxcompress.runtime.providers import PROVIDERS, short_name
 from onnxcompress.runtime.session import Session, open_session
 from onnxcompress.validation import timing
-from onnxcompress.validation.comparison import Comparison, Place
+from onnxcompress.validation.comparison import Comparison
 from onnxcompress.validation.metric import BatchMetric
 from onnxcompress.validation.metrics import Whole, metric_named
 from onnxcompress.validation.pairing import check_fit, feeds_for, narrowed
-from onnxcompress.validation.result import ProviderRow, Result, Size, Timing
+from onnxcompress.validation.place import Place
+from onnxcompress.validation.placement import ProviderRow, judge_row
+from onnxcompress.validation.result import Result, Size, Timing
 from onnxcompress.validation.samples import Evaluator
 from onnxcompress.validation.sequential import Sequential
 from onnxcompress.validation.verdict import Finding, Score, Verdict, judge, judge_agreement, overall, score
+
+_CPU = Choice(PROVIDERS["cpu"])
 
 
 def validate(
@@ -61,7 +68,8 @@ def validate(
     up inputs, which shows agreement only. `labels`, `mapping`, `preprocess`, `batch`, `limit`: see `open_data`.
     `metric`: see `metric_named`; `output`: `NAME` or `NAME[COLUMN]`, else by rule (`validation.metric`).
     `max_drop`: budget of the drop of the metric, absolute; for metrics where lower is better of the relative rise.
-    `providers`: where the compressed model is to run beside the CPU; one that took no node fails the validation.
+    `providers`: where the compressed model is to run beside the CPU, with options if need be (`tensorrt:fp16`, see
+    `runtime.choice`); one that did not run it, or none of its multiply-accumulates, fails the validation.
     `stop_early`: look at the metric at doubling sample counts and stop once it is decided (`validation.sequential`);
     samples must be in random order, and what is said of the outputs then speaks of those seen.
     `threads`: 1 gives the same bits every time. `latency`: also time both, for about two seconds.
@@ -74,7 +82,7 @@ def validate(
         MetricError: unknown metric, no labels, or outputs and labels that do not fit it; a budget without a metric.
         OnnxCompressError: unknown provider.
     """
-    wanted = list(dict.fromkeys(provider_class(name) for name in providers))
+    wanted = list(dict.fromkeys(Choice.of(name) for name in providers))
     name, evaluator = metric_named(metric, output) if metric is not None else ("", None)
     _check_question(evaluator, name, data, output, max_drop)
     with contextlib.ExitStack() as stack:
@@ -92,9 +100,11 @@ def validate(
             feeder = open_data(data, specs, **settings, batch=batch, limit=limit, last="fill")
         if isinstance(evaluator, BatchMetric) and evaluator.needs_labels and not feeder.has_labels:
             raise MetricError(f"metric {name} needs labels, but the data has none: an array `y`, or --labels KEY")
-        places = [Place(provider, lambda own, config: second.open(threads, own, config)) for provider in wanted]
-        for place in places:
-            stack.callback(place.close)
+        known = second.costs() if any(short_name(choice.provider) != "cpu" for choice in wanted) else []
+        places: list[Place] = []
+        for choice in wanted:
+            places.append(Place(choice, lambda own, config, profile: second.open(threads, own, config, profile), known))
+            stack.callback(places[-1].close)
         same = first.same_as(second)
         size = Size(first.bytes, second.bytes, second.bytes / max(1, first.bytes))
         first.release()
@@ -105,6 +115,7 @@ def validate(
         work.stream(shown)
         found = work.early or _scored(work, looks, name, max_drop, seed)
         timed = _timed(sessions, work.first, threads) if latency and not work.partial else None
+        _finish(places, work, found, feeder, seed, latency)
         rows = tuple(place.row() for place in places)
     agreement = tuple(work.agreement.results())
     findings = _findings(work, found, rows, same, data is None, bool(name))
@@ -158,6 +169,20 @@ def _scored(work: Comparison, looks: Sequential | None, name: str, max_drop: flo
     return score(name, *pair, max_drop=max_drop, seed=seed)
 
 
+def _finish(
+    places: Sequence[Place], work: Comparison, found: Score | None, data: Data, seed: int, latency: bool
+) -> None:
+    """Score every place on the samples that the CPU was scored on, held to the same level, and time it."""
+    pair = work.samples() if found is not None and any(place.session is not None for place in places) else None
+    for place in places:
+        own = place.samples(work.evaluator, data, pair[0].n) if pair is not None and work.evaluator else None
+        if pair is not None and found is not None and own is not None:
+            level = 1 - found.confidence
+            place.score = score(found.metric, pair[0], own, max_drop=found.max_drop, seed=seed, alpha=level)
+        if latency and not work.partial and work.first is not None:
+            place.time(work.first)
+
+
 def _timed(sessions: tuple[Session, Session], batch: Batch | None, threads: int) -> Timing | None:
     if batch is None:
         return None
@@ -194,11 +219,24 @@ class _Side:
         self.bytes = saved_bytes(self.model) if self._in_memory or found is None else found.bytes
         self._source = None if self._in_memory else found
 
-    def open(self, threads: int, provider: str = "cpu", config: Mapping[str, str] | None = None) -> Session:
-        given = self._given
-        if isinstance(given, str | os.PathLike | bytes):
-            return open_session(given, provider=provider, threads=threads, config=config)
-        return open_session(self.model, provider=provider, threads=threads, config=config)
+    def open(
+        self,
+        threads: int,
+        choice: Choice = _CPU,
+        config: Mapping[str, str] | None = None,
+        profile: pathlib.Path | None = None,
+    ) -> Session:
+        given, digest = self._given, self._source.sha256 if self._source is not None else ""
+        quantized = any(node.op_type == "QuantizeLinear" for node in self.model.graph)
+        settings: dict[str, Any] = {"config": config} if profile is None else {"config": config, "profile": profile}
+        options = choice.provider_options(digest, quantized=quantized)
+        model = given if isinstance(given, str | os.PathLike | bytes) else self.model
+        settings |= {"provider_options": options} if options else {}
+        return open_session(model, provider=short_name(choice.provider), threads=threads, **settings)
+
+    def costs(self) -> list[NodeCost]:
+        """Multiply-accumulates of every node, for one sample."""
+        return costs(self.model)
 
     def same_as(self, other: _Side) -> bool:
         """True when both are the same bytes."""
@@ -216,10 +254,14 @@ def _findings(
 ) -> list[Finding]:
     findings = [judge_agreement(work.agreement.results())]
     for row in rows:
-        if not row.ran:
-            findings.append(Finding(Verdict.FAIL, (f"provider {row.provider} did not run: {row.reason}",)))
-        elif row.agreement:
+        findings.append(judge_row(row))
+        if row.ran and row.agreement:
             findings.append(judge_agreement(row.agreement, f"provider {row.provider}"))
+        if row.ran and row.score is not None:
+            own = judge(row.score)
+            if own.verdict is not Verdict.PASS:
+                said = tuple(f"provider {row.provider}: {reason}" for reason in own.reasons)
+                findings.append(Finding(own.verdict, said))
     if found is not None:
         findings.append(judge(found, same_bytes=same))
     elif not metric and all(finding.verdict is Verdict.PASS for finding in findings):

@@ -19,6 +19,7 @@ from onnxcompress.contract import Silent
 from onnxcompress.errors import DataError, MetricError, ModelError, OnnxCompressError
 from onnxcompress.model.load import load
 from onnxcompress.runtime.session import Session, open_session
+from onnxcompress.validation.placement import Node
 from onnxcompress.validation.samples import Samples
 from onnxcompress.validation.validate import validate
 from onnxcompress.validation.verdict import Verdict
@@ -298,7 +299,8 @@ def test_labels_by_another_name(task: dict[str, Any]) -> None:
 def test_a_provider_that_took_nodes_is_compared_and_may_still_fail(
     task: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("onnxcompress.validation.placement.placed", lambda session: {"CUDAExecutionProvider": 1})
+    monkeypatch.setattr("onnxcompress.validation.placement.placed", lambda session: [Node("n", "MatMul", "cuda")])
+    monkeypatch.setattr("onnxcompress.validation.placement.executed", lambda profile: {"cuda": 1})
     sessions: list[Session] = []
 
     def opened(model: Any, provider: str, **rest: Any) -> Session:
@@ -310,7 +312,16 @@ def test_a_provider_that_took_nodes_is_compared_and_may_still_fail(
     found = validate(task["good"], task["good"], **arguments)
     (row,) = found.providers
     assert (row.ran, row.nodes, row.reason, row.agreement[0].elements) == (True, {"cuda": 1}, None, 3600)
+    assert (row.macs, row.kernels, row.fell_back) == ({"cuda": 1.0}, {"cuda": 1}, ())
     assert found.verdict is Verdict.PASS
+    # Given nodes, and executed by the CPU all the same (an engine that failed, say).
+    with monkeypatch.context() as patch:
+        patch.setattr("onnxcompress.validation.placement.executed", lambda profile: {"cpu": 1})
+        silent = validate(task["good"], task["good"], **arguments)
+    assert silent.verdict is Verdict.FAIL
+    assert silent.reasons[0] == (
+        "provider cuda did not run: was given nodes and executed none of them (kernels that ran: cpu: 1)"
+    )
 
     def fails(feeds: Any, outputs: Any = None) -> Any:
         raise ModelError("out of device memory")

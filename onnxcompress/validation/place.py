@@ -1,0 +1,181 @@
+"""The compressed model on one requested provider: opened with no way back to the CPU, proved, compared, timed."""
+
+from __future__ import annotations
+
+import pathlib
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from onnxcompress.data.batch import Batch, Data
+from onnxcompress.errors import DataError, MetricError, ModelError, RuntimeUnavailable
+from onnxcompress.model.cost import NodeCost
+from onnxcompress.runtime import memory, nvidia
+from onnxcompress.runtime.choice import Choice
+from onnxcompress.runtime.obstacles import NVIDIA
+from onnxcompress.runtime.providers import PROVIDERS, short_name
+from onnxcompress.runtime.session import Session
+from onnxcompress.validation import placement
+from onnxcompress.validation.agreement import Agreement
+from onnxcompress.validation.metric import BatchMetric, Collector
+from onnxcompress.validation.pairing import feeds_for
+from onnxcompress.validation.placement import ProviderRow
+from onnxcompress.validation.samples import Evaluator, Samples
+from onnxcompress.validation.values import RealRows
+from onnxcompress.validation.verdict import Score
+
+Open = Callable[[Choice, Mapping[str, str], pathlib.Path], Session]  # provider, session config, file for the profile
+
+
+class Place:
+    """One requested provider. The CPU is run anyway, as both models' reference, and needs no proof.
+
+    Nothing here raises for what the provider cannot do: `reason` says it, and `row` tells that it did not run.
+    """
+
+    def __init__(self, choice: Choice, open_it: Open, costs: Sequence[NodeCost] = ()) -> None:
+        self.name, self.provider = choice.name, short_name(choice.provider)
+        self.session: Session | None = None
+        self.nodes: list[placement.Node] = []
+        self.reason: str | None = None
+        self.agreement = Agreement()
+        self.score: Score | None = None
+        self.cpu = choice.provider == PROVIDERS["cpu"]
+        self._records = Collector()
+        self._costs = costs
+        self._kernels: dict[str, int] | None = None
+        self._free: list[str] = []
+        self._seconds: float | None = None
+        self._batch: int | None = None
+        self._grown: tuple[int | None, int | None] = (None, None)
+        if not self.cpu:
+            self._folder = pathlib.Path(tempfile.mkdtemp(prefix="onnxcompress-"))
+            self._used = self._memory(choice.provider)
+            self._device = choice.provider
+            self._start(choice, open_it)
+
+    def see(
+        self,
+        batch: Batch,
+        reference: Mapping[str, Any],
+        rows: RealRows,
+        names: Sequence[str],
+        where: Mapping[str, Any],
+        evaluator: Evaluator | None,
+    ) -> None:
+        """Run one batch there, compare it with the `reference` and score it."""
+        if self.session is None:
+            return
+        try:
+            outputs = rows.cut(self.session.run(feeds_for(self.session, batch.feeds), names), batch)
+        except (ModelError, DataError) as error:
+            self._stop(str(error))
+            return
+        if self._kernels is None and not self._prove():
+            return
+        self.agreement.update(reference, outputs, **where)
+        if isinstance(evaluator, BatchMetric) and not self.agreement.misfit:
+            self._records.add(evaluator.columns(outputs, batch))
+
+    def samples(self, evaluator: Evaluator, data: Data, n: int) -> Samples | None:
+        """The records there of the first `n` samples; None when there are none."""
+        if self.session is None or self.agreement.misfit:
+            return None
+        session = self.session
+        try:
+            if not isinstance(evaluator, BatchMetric):
+                return evaluator(lambda feeds: session.run(feeds_for(session, feeds)), data)
+            columns = self._records.columns()
+            if any(len(column) < n for column in columns.values()):  # an interrupt fell between two
+                return None
+            return evaluator.finish({name: column[:n] for name, column in columns.items()})
+        except (ModelError, DataError, MetricError) as error:
+            self._stop(str(error))
+            return None
+
+    def time(self, batch: Batch, *, budget: float = 1.0, most: int = 50) -> None:
+        """Time one call on `batch`, for `budget` seconds or `most` calls, warm from the runs before."""
+        if self.session is None:
+            return
+        feeds, start = feeds_for(self.session, batch.feeds), time.perf_counter()
+        times: list[float] = []
+        try:
+            while len(times) < most and (len(times) < 3 or time.perf_counter() - start < budget):
+                begun = time.perf_counter()
+                self.session.run(feeds)
+                times.append(time.perf_counter() - begun)
+        except (ModelError, DataError) as error:
+            self._stop(str(error))
+            return
+        self._seconds, self._batch = statistics.median(times), batch.count
+
+    def row(self) -> ProviderRow:
+        """What was found; to be asked before `close`."""
+        if self.session is not None and self._kernels is None:
+            self._stop("no call was made there")
+        fallen = () if self.cpu else placement.fallen(self.provider, self.nodes, free=self._free)
+        return ProviderRow(
+            provider=self.name,
+            ran=self.cpu or self.session is not None,
+            reason=self.reason,
+            nodes=placement.counted(self.nodes),
+            agreement=tuple(self.agreement.results()),
+            macs=placement.macs_shares(self.nodes, self._costs),
+            kernels=self._kernels or None,
+            fell_back=fallen,
+            score=self.score,
+            latency_p50=self._seconds,
+            batch=self._batch,
+            memory=self._grown[0],
+            device_memory=self._grown[1],
+        )
+
+    def close(self) -> None:
+        """Close its session and remove its files."""
+        if self.session is not None:
+            self.session.close()
+        if not self.cpu:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _start(self, choice: Choice, open_it: Open) -> None:
+        try:
+            self.session = open_it(choice, placement.RECORD, self._folder / "profile.json")
+        except (RuntimeUnavailable, ModelError) as error:
+            self.reason = str(error)
+            return
+        self._free = [
+            port.name for port in self.session.inputs if any(not isinstance(size, int) for size in port.shape)
+        ]
+        nodes = placement.placed(self.session)
+        self.nodes = nodes or []
+        if not any(node.provider == self.provider for node in self.nodes):
+            self._stop(placement.took_none(self.provider, nodes, free=self._free))
+
+    def _prove(self) -> bool:
+        """After the first call: what did it execute? False when nothing of it ran there."""
+        assert self.session is not None
+        profile = self.session.end_profile()
+        self._kernels = (placement.executed(profile) if profile is not None else None) or {}
+        own, device = self._memory(self._device)
+        self._grown = (_growth(self._used[0], own), _growth(self._used[1], device))
+        if self._kernels and not self._kernels.get(self.provider):
+            ran = ", ".join(f"{name}: {count}" for name, count in self._kernels.items())
+            self._stop(f"was given nodes and executed none of them (kernels that ran: {ran})")
+            return False
+        return True
+
+    def _stop(self, reason: str) -> None:
+        session, self.session, self.reason = self.session, None, reason
+        if session is not None:
+            session.close()
+
+    @staticmethod
+    def _memory(provider: str) -> tuple[int | None, int | None]:
+        return memory.rss_anon(), nvidia.memory_used() if provider in NVIDIA else None
+
+
+def _growth(before: int | None, after: int | None) -> int | None:
+    return None if before is None or after is None else max(0, after - before)
