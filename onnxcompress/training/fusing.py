@@ -1,6 +1,7 @@
 """Fewer passes over activations in a training step: an elementwise operator costs what it reads and writes.
 
-`fuse` rewrites the forward graph before it is differentiated, `lower` replaces afterwards what has no ONNX operator:
+`part` and `fuse` rewrite the forward graph before it is differentiated, `lower` replaces afterwards what ONNX
+has no operator for:
 
 1. Broadcasts of equal free dimensions keep their name (onnx 1.23 loses it), so no gradient is summed at run time to
    undo a broadcast that was none.
@@ -10,6 +11,8 @@
 5. Scale and bias of a LayerNormalization that only layers read go into these: n (g W) + b W, which is work on weights.
 6. Softmax and the product after it become one node: sum(dP P) of Softmax's gradient is sum(dO O), which is smaller.
 7. An LSTM keeps its gates and cell states, which ONNX Runtime's own operator does not give.
+8. A layer whose result is split becomes as many layers (`part`): weights are split, not activations, nor their
+   gradients joined.
 """
 
 from __future__ import annotations
@@ -30,7 +33,19 @@ from onnxcompress.autodiff.rules.linear import stacked_product
 from onnxcompress.autodiff.tensor import Tensor, broadcast
 
 DOMAIN = "onnxcompress.training"
+MOST_PARTS = 4
 ELEMENTWISE = {*(op for domain, op in PARTIALS if not domain), "Where", "Pow", "Max", "Min", "Sum"}
+
+
+def part(model: ir.Model) -> None:
+    """Rewrites 5 and 8, in place, in this order, so that a normalization goes into one layer and not into three.
+
+    Before `narrow`: the queries of the last layer may be wanted for one position only.
+    """
+    b = Builder(model.graph, model.opset_imports[""])
+    for rewrite in (_normalized, _parted):
+        for node in [node for node in model.graph if not node.domain]:
+            rewrite(b, node)
 
 
 def fuse(model: ir.Model) -> None:
@@ -43,7 +58,7 @@ def fuse(model: ir.Model) -> None:
         if node.op_type in ELEMENTWISE:
             _name_sizes(node)
     for node in [node for node in graph if node.inputs]:
-        for rewrite in (_transposed, _scaled, _gelu, _silu, _normalized, _attention, _lstm):
+        for rewrite in (_transposed, _scaled, _gelu, _silu, _attention, _lstm):
             if node.graph is graph and not node.domain and rewrite(b, node):
                 break
     if any(node.domain == DOMAIN for node in graph):
@@ -81,6 +96,37 @@ def _transposed(b: Builder, node: ir.Node) -> bool:
     if unlike > 1 or None in first[-2:] or first[-2:] != middle[-2:] or last[-2:] != first[:-3:-1]:
         return False
     _replace(b, node, lambda b: [b.wrap(x).swap()])
+    return True
+
+
+def _parted(b: Builder, node: ir.Node) -> bool:
+    """8: x (W1 W2 W3) + b, then split, as queries, keys and values are."""
+    plus = _producer(node, 0, "Add")
+    if node.op_type != "Split" or plus is None or not _alone(plus):
+        return False
+    layer = _producer(plus, 0, "MatMul") or _producer(plus, 1, "MatMul")
+    if layer is None or not _alone(layer):
+        return False
+    bias, x, w = _other(plus, layer.outputs[0]), layer.inputs[0], layer.inputs[1]
+    rank = len(_sizes(x))
+    if bias is None or x is None or w is None or len(_sizes(w)) != 2 or len(_sizes(bias)) != 1 or rank < 2:
+        return False
+    if node.attributes.get_int("axis", 0) % rank != rank - 1:
+        return False
+    sizes = [size for y in node.outputs if isinstance(size := _sizes(y)[-1], int)]
+    if len(sizes) < len(node.outputs) or len(sizes) > MOST_PARTS:
+        return False
+
+    def write(b: Builder) -> list[Tensor]:
+        cut = b.ints(sizes)
+        ws = b.ops("Split", b.wrap(w), cut, outputs=len(sizes), axis=1)
+        bs = b.ops("Split", b.wrap(bias), cut, outputs=len(sizes), axis=0)
+        found = []
+        for part, shift, size in zip(ws, bs, sizes, strict=True):
+            found.append(b.wrap(x) @ part.shaped(_sizes(w)[0], size) + shift.shaped(size))
+        return found
+
+    _replace(b, node, write)
     return True
 
 
@@ -172,8 +218,8 @@ def _scale_layer(b: Builder, layer: ir.Node, scale: ir.Value, bias: ir.Value | N
         return
     plus, y = _only_user(layer, "Add"), layer.outputs[0]
     other = None if plus is None else _other(plus, y)
-    if plus is not None and other is not None and len(_sizes(other)) == 1 and other.producer() is None:
-        (shift,) = _before(b, layer, lambda b: [b.wrap(other) + (b.wrap(bias).unsqueeze(0) @ b.wrap(w)).squeeze(0)])
+    if plus is not None and other is not None and len(_sizes(other)) == 1:
+        (shift,) = _before(b, plus, lambda b: [b.wrap(other) + (b.wrap(bias).unsqueeze(0) @ b.wrap(w)).squeeze(0)])
         plus.replace_input_with(1 if plus.inputs[1] is other else 0, shift)
         return
     x = layer.inputs[0]

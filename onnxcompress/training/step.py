@@ -141,6 +141,7 @@ def build(
     model.graph.outputs.clear()
     model.graph.outputs.extend([total.value, *(known[name] for name in running.outputs)])
     _drop_dead(model)
+    fusing.part(model)
     narrow(model)
     fusing.fuse(model)
     found = gradients(model, {LOSS: None}, [leaf.name for leaf in leaves])

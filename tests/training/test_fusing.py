@@ -13,7 +13,7 @@ import pytest
 from onnxcompress.autodiff import gradients
 from onnxcompress.autodiff.prepare import prepare
 from onnxcompress.model.load import load
-from onnxcompress.training.fusing import DOMAIN, fuse, lower
+from onnxcompress.training.fusing import DOMAIN, fuse, lower, part
 from onnxcompress.training.narrowing import narrow
 from tests.builders import floats, graph, info, model, node, tensors
 from tests.training.small import outputs
@@ -38,6 +38,7 @@ def trained(
     loaded = load(of)
     prepare(loaded)
     if fused:
+        part(loaded)
         narrow(loaded)
         fuse(loaded)
     found = gradients(loaded, {"loss": None}, list(wrt))
@@ -145,7 +146,7 @@ def test_a_normalization_goes_into_the_layers_that_read_it(bias: bool, layer_bia
     _, after = compare(network(nodes, 17, **constants), wrt)
     loaded = load(network(nodes, 17, **constants))
     prepare(loaded)
-    fuse(loaded)
+    part(loaded)
     normal = next(n for n in loaded.graph if n.op_type == "LayerNormalization")
     tensor = ir.convenience.get_const_tensor(normal.inputs[1])  # type: ignore[arg-type]
     assert len(normal.inputs) == 2
@@ -214,3 +215,21 @@ def test_an_lstm_without_a_rule_stays() -> None:
     prepare(loaded)
     fuse(loaded)
     assert [n.domain for n in loaded.graph if n.op_type == "LSTM"] == [""]
+
+
+def test_a_layer_whose_result_is_split_becomes_several() -> None:
+    nodes = [
+        node("MatMul", ["h", "w2"], ["all"]),
+        node("Add", ["all", "c"], ["biased"]),
+        node("Split", ["biased", "sizes"], ["p", "q"], axis=-1),
+        node("MatMul", ["q", "w3"], ["wide"]),
+        node("Mul", ["p", "wide"], ["y"]),
+    ]
+    constants = {"w2": floats(4, 6, seed=4), "c": floats(6, seed=5), "w3": floats(2, 4, seed=6)}
+    of = network(nodes, 17, **constants, sizes=np.array([4, 2]))
+    compare(of, ["w", "v", "w2", "w3", "c"])
+    loaded = load(of)
+    prepare(loaded)
+    part(loaded)
+    assert [x.name for n in loaded.graph if n.op_type == "Split" for x in n.inputs[:1] if x] == ["w2", "c"]
+    assert [x.shape for n in loaded.graph if n.op_type == "Mul" for x in n.inputs if x] == [ir.Shape(["n", 5, 4])] * 2
