@@ -49,7 +49,7 @@ def show(result: Result, console: rich.console.Console) -> None:
 def provider_text(row: ProviderRow) -> str:
     """One provider in one line: what ran where, what was left, how near, how good, how fast."""
     if not row.ran:
-        return f"did not run: {row.reason}"
+        return "did not run (the reason is below)"
     shares = row.macs or {}
     parts = [
         f"{name}: {count} nodes" + (f", {shares[name]:.1%} of MACs" if name in shares else "")
