@@ -33,10 +33,12 @@ class OutputAgreement:
     `kind`: float, integer, bool or string. `elements`: compared pairs, padding left out. `bit_equal`: every byte equal.
     `equal`: share of equal elements. For numbers: `cosine` of all values as one vector; `sqnr_db` = 10 log10(sum x^2 /
     sum (x - y)^2), infinite when equal; largest and mean absolute difference; `max_relative`, the largest difference
-    over the largest magnitude of the original. Where the last axis (two or more) can be class scores: `top1`, how often
-    the largest entry is the same; `top5`, how often the original's is among the five largest; `kl`, the mean of
-    KL(original || compressed) in nats, of softmax where rows are no probabilities. Pairs that are both NaN or the same
-    infinity count as equal and enter no sum; `nonfinite_new`: not finite where the original is finite.
+    over the largest magnitude of the original; `mean_relative`, the mean difference over the mean magnitude (element by
+    element, a relative error only tells how near to zero an element lies). Where the last axis (two or more) can be
+    class scores: `top1`, how often the largest entry is the same; `top5`, how often the original's is among the five
+    largest; `kl`, the mean of KL(original || compressed) in nats, of softmax where rows are no probabilities. Pairs
+    that are both NaN or the same infinity count as equal and enter no sum; `nonfinite_new`: not finite where the
+    original is finite.
     `mismatched`: calls whose shapes or types did not fit; `mismatch`: the first of them in words.
     """
 
@@ -51,6 +53,7 @@ class OutputAgreement:
     max_abs: float | None
     mean_abs: float | None
     max_relative: float | None
+    mean_relative: float | None
     top1: float | None
     top5: float | None
     kl: float | None
@@ -99,7 +102,7 @@ class _Output:
         self.calls = self.elements = self.equal = self.finite = self.mismatched = 0
         self.bit_equal = True
         self.mismatch: str | None = None
-        self.xx = self.yy = self.xy = self.dd = self.abs = self.max_abs = self.largest = 0.0
+        self.xx = self.yy = self.xy = self.dd = self.abs = self.magnitude = self.max_abs = self.largest = 0.0
         self.bad_original = self.bad_compressed = self.bad_new = 0
         self.rows = self.top1 = self.top5 = self.kl_rows = 0
         self.kl = 0.0
@@ -182,6 +185,7 @@ class _Output:
             self.xy += float((a * b).sum())
             self.dd += float((d * d).sum())
             self.abs += float(np.abs(d).sum())
+            self.magnitude += float(np.abs(a).sum())
         self.max_abs = max(self.max_abs, float(np.abs(d).max()))
         self.largest = max(self.largest, float(np.abs(a).max()))
         return d, finite
@@ -222,7 +226,8 @@ class _Output:
             sqnr_db=self._sqnr(exact) if counted else None,
             max_abs=self.max_abs if counted else None,
             mean_abs=self.abs / max(1, self.finite) if counted else None,
-            max_relative=self._relative(exact) if counted else None,
+            max_relative=_ratio(self.max_abs, self.largest) if counted else None,
+            mean_relative=_ratio(self.abs, self.magnitude) if counted else None,
             top1=self.top1 / self.rows if self.rows else None,
             top5=self.top5 / self.rows if self.rows and self.classes > 5 else None,
             kl=self.kl / self.kl_rows if self.kl_rows else None,
@@ -245,10 +250,11 @@ class _Output:
             return math.inf
         return 10 * math.log10(self.xx / self.dd) if self.xx > 0 else -math.inf
 
-    def _relative(self, exact: bool) -> float:
-        if exact:
-            return 0.0
-        return self.max_abs / self.largest if self.largest > 0 else math.inf
+
+def _ratio(difference: float, magnitude: float) -> float:
+    if difference == 0:
+        return 0.0
+    return difference / magnitude if magnitude > 0 else math.inf
 
 
 def _misfit(original: Flat, compressed: Flat) -> str | None:

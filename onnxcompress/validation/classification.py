@@ -14,6 +14,8 @@ from onnxcompress.validation.metric import BatchMetric, prefer_labels, prefer_sc
 from onnxcompress.validation.samples import IGNORED, Columns, Samples
 from onnxcompress.validation.values import Array, kind_of
 
+_CLASSES = 1000  # counted a sample, where labels are one a position
+
 
 class Accuracy(BatchMetric):
     """Share of samples whose predicted class is the label; labels a position (n, length) count a share a sample."""
@@ -36,17 +38,20 @@ class Accuracy(BatchMetric):
         labels = _classes(labels, predicted, array, name, self.name)
         if keys is None and kind_of(array) == "float":
             _in_range(labels, array.shape[-1], name, batch, self.name)
-        return {"predicted": predicted, "label": labels}
+        classes = array.shape[-1] if kind_of(array) == "float" and keys is None else None
+        return {"predicted": predicted, "label": labels} if labels.ndim == 1 else self.fold(predicted, labels, classes)
+
+    def fold(self, predicted: Array, labels: Array, classes: int | None) -> Columns:
+        """Records (n,) or (n, classes) of predictions and labels (n, ...): an image's pixels are too many to keep."""
+        counted, axes = labels != IGNORED, tuple(range(1, labels.ndim))
+        return {"right": ((predicted == labels) & counted).sum(axis=axes), "counted": counted.sum(axis=axes)}
 
     def finish(self, columns: Columns) -> Samples:
+        if "counted" in columns:
+            return Samples(columns, samples.ratio_of("right", "counted"))
         settled = self._settle(columns)
         right = settled["predicted"] == settled["label"]
-        if right.ndim == 1:
-            return Samples({"right": right}, samples.mean_of("right"), proportion="right")
-        counted = settled["label"] != IGNORED
-        axes = tuple(range(1, right.ndim))
-        sums = {"right": (right & counted).sum(axis=axes), "counted": counted.sum(axis=axes)}
-        return Samples(sums, samples.ratio_of("right", "counted"))
+        return Samples({"right": right}, samples.mean_of("right"), proportion="right")
 
     def _settle(self, columns: Columns) -> Columns:
         """Turn single scores into classes: probabilities at 1/2, logits at 0, as the original's range tells."""
@@ -64,7 +69,23 @@ class F1(Accuracy):
 
     name = "f1"
 
+    def fold(self, predicted: Array, labels: Array, classes: int | None) -> Columns:
+        if classes is None or classes > _CLASSES:
+            return {"predicted": predicted, "label": labels}
+        counted, index = labels != IGNORED, np.arange(len(labels)).reshape(-1, *[1] * (labels.ndim - 1)) * (classes + 1)
+        kinds = (labels[counted], predicted[counted], predicted[counted & (predicted == labels)])
+        own = np.broadcast_to(index, labels.shape)
+        rows = (own[counted], own[counted], own[counted & (predicted == labels)])
+        sums = [
+            np.bincount(row + np.where(kind < 0, classes, kind), minlength=len(labels) * (classes + 1))
+            for row, kind in zip(rows, kinds, strict=True)
+        ]
+        true, found, right = (part.reshape(len(labels), classes + 1)[:, :classes] for part in sums)
+        return {"right": right, "total": true + found}
+
     def finish(self, columns: Columns) -> Samples:
+        if "total" in columns:
+            return Samples(columns, samples.f1_of_counts)
         return Samples(self._settle(columns), samples.f1_macro)
 
 

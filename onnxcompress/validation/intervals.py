@@ -48,6 +48,21 @@ def tango_lower(b: float, c: float, n: float, alpha: float = 0.05) -> float:
     return -tango_upper(c, b, n, alpha)
 
 
+def tango_needed(b: float, c: float, budget: float, alpha: float = 0.05, most: int = 1_000_000_000) -> int | None:
+    """How many pairs decide between a drop within and above `budget`, for shares `b`, `c` of pairs; None above `most`.
+
+    n = z^2 (2 q + d (1 - d)) / (b - c - d)^2 at d = budget solves `tango_upper`'s equation: the bound then lies on the
+    budget, so half of all samples of that size decide.
+    """
+    z, d, distance = statistics.NormalDist().inv_cdf(1 - alpha), budget, b - c - budget
+    linear = -b - c + (2 - b + c) * d
+    q = (math.sqrt(max(0.0, linear * linear + 8 * c * d * (1 - d))) - linear) / 4
+    if abs(distance) < 1e-9:
+        return None
+    n = z * z * (2 * q + d * (1 - d)) / (distance * distance)
+    return math.ceil(n - 1e-6) if n <= most else None
+
+
 def samples_needed(decided: Callable[[int], bool], start: int, most: int = 1_000_000_000) -> int | None:
     """The least n >= `start` for which `decided` holds, given that it holds for all larger ones; None above `most`."""
     high = max(1, start)

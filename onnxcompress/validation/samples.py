@@ -155,6 +155,13 @@ def f1_macro(columns: Columns, weights: Floats) -> Floats:
     return np.asarray(np.nanmean(share, axis=1), np.float64)
 
 
+def f1_of_counts(columns: Columns, weights: Floats) -> Floats:
+    """`f1_macro` of counts (n, classes) a sample: `right` predictions, and `total` = predicted + present."""
+    right, total = (weights @ columns[name].astype(np.float64) for name in ("right", "total"))
+    share = np.where(total > 0, 2 * right / np.where(total > 0, total, 1), np.nan)
+    return np.asarray(np.nanmean(share, axis=1), np.float64)
+
+
 def r2(columns: Columns, weights: Floats) -> Floats:
     """1 - sum of squared errors / sum of squares about the mean label, averaged over the label's columns."""
     errors, labels = columns["squared"], columns["label"].astype(np.float64)

@@ -13,7 +13,14 @@ import numpy.typing as npt
 
 from onnxcompress.errors import MetricError
 from onnxcompress.validation.agreement import OutputAgreement
-from onnxcompress.validation.intervals import bootstrap_bounds, rule_of_three, samples_needed, tango_lower, tango_upper
+from onnxcompress.validation.intervals import (
+    bootstrap_bounds,
+    rule_of_three,
+    samples_needed,
+    tango_lower,
+    tango_needed,
+    tango_upper,
+)
 from onnxcompress.validation.samples import Samples
 
 Floats = npt.NDArray[np.float64]
@@ -204,11 +211,7 @@ def _proportion(original: Samples, compressed: Samples, common: dict[str, Any], 
     budget, needed = common["max_drop"], None
     upper, lower = tango_upper(b, c, n, alpha), tango_lower(b, c, n, alpha)
     if budget is not None and lower <= budget < upper:
-        share_b, share_c = b / n, c / n
-        if share_b - share_c <= budget:
-            needed = samples_needed(lambda m: tango_upper(share_b * m, share_c * m, m, alpha) <= budget, n)
-        else:
-            needed = samples_needed(lambda m: tango_lower(share_b * m, share_c * m, m, alpha) > budget, n)
+        needed = tango_needed(b / n, c / n, budget, alpha)
     return Score(
         **common,
         bound=upper,

@@ -28,6 +28,7 @@ def test_figures_by_hand() -> None:
     assert found.cosine == pytest.approx((9 + 12 + 35) / math.sqrt(50 * 67))
     assert found.sqnr_db == pytest.approx(10 * math.log10(50 / 5))
     assert (found.max_abs, found.mean_abs, found.max_relative) == (2.0, 0.75, 0.4)
+    assert found.mean_relative == 3 / 12
     assert found.equal == 0.5
     # The first row's largest entry ties in `y`, and argmax takes the first.
     assert found.top1 == 0.5
@@ -53,6 +54,7 @@ def test_equal_outputs_have_no_difference_at_all(rows: int, width: int, dtype: s
     assert found.worst == ()
     if array.size:
         assert (found.max_abs, found.mean_abs, found.max_relative) == (0.0, 0.0, 0.0)
+        assert found.mean_relative == 0.0
         assert found.cosine == 1.0
         assert found.sqnr_db == math.inf
         assert found.kl in (0.0, None)

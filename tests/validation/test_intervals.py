@@ -15,6 +15,7 @@ from onnxcompress.validation.intervals import (
     rule_of_three,
     samples_needed,
     tango_lower,
+    tango_needed,
     tango_upper,
 )
 
@@ -61,6 +62,21 @@ def test_samples_needed_agree_with_theory() -> None:
         assert theory <= found <= 1.2 * theory
     assert samples_needed(lambda m: m >= 777, 10) == 777
     assert samples_needed(lambda m: False, 10) is None
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.floats(0, 0.3), st.floats(0, 0.3), st.floats(0, 0.2), st.sampled_from([0.05, 0.0051]))
+def test_tango_needed_is_where_the_bound_meets_the_budget(b: float, c: float, budget: float, alpha: float) -> None:
+    n = tango_needed(b, c, budget, alpha)
+    if n is None or n < 2:
+        assert n is not None or abs(b - c - budget) < 1e-3
+        return
+    if b - c < budget:
+        assert tango_upper(b * n, c * n, n, alpha) <= budget + 1e-9
+        assert tango_upper(b * (n - 1), c * (n - 1), n - 1, alpha) > budget - 1e-9
+    else:
+        assert tango_lower(b * n, c * n, n, alpha) >= budget - 1e-9
+        assert tango_lower(b * (n - 1), c * (n - 1), n - 1, alpha) < budget + 1e-9
 
 
 def test_tango_covers() -> None:

@@ -69,6 +69,22 @@ def test_a_label_a_position() -> None:
     assert found.proportion is None
 
 
+def test_labels_a_position_keep_a_few_numbers_a_sample() -> None:
+    generator = np.random.default_rng(2)
+    logits = generator.standard_normal((4, 6, 5, 3)).astype(np.float32)
+    labels = generator.integers(0, 3, (4, 6, 5))
+    labels[generator.random(labels.shape) < 0.2] = -100
+    for name in ("accuracy", "f1"):
+        found = evaluate(name, {"o": logits}, batch(labels))
+        whole = evaluate(name, {"o": logits.reshape(-1, 3)[labels.ravel() >= 0]}, batch(labels[labels >= 0]))
+        assert found.score() == pytest.approx(whole.score(), abs=1e-12)
+        assert all(column.size <= 4 * 3 for column in found.columns.values())
+    # Twice the first sample is what a resample would count.
+    twice = evaluate("f1", {"o": logits[[0, 0, 1]]}, batch(labels[[0, 0, 1]]))
+    once = evaluate("f1", {"o": logits[:2]}, batch(labels[:2]))
+    assert once.reduce(once.columns, np.array([[2.0, 1.0]]))[0] == pytest.approx(twice.score(), abs=1e-12)
+
+
 def test_what_does_not_fit_is_one_line() -> None:
     for labels, words in (
         ([1, 0, 2, 0], "label 2 of sample 102 is not one of the 2 classes of output 'o'"),
