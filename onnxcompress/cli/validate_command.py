@@ -28,6 +28,14 @@ from onnxcompress.validation.validate import validate
     help="cpu, cuda, tensorrt, ...; may be repeated  [default: cpu]",
 )
 @click.option("--stop-early", is_flag=True, help="stop once the budget is decided; the samples must be in random order")
+@click.option(
+    "--saturation",
+    type=float,
+    default=0.01,
+    show_default=True,
+    metavar="X",
+    help="share of an output that may be lost where CPUs cut off integer sums; inf only reports it",
+)
 @options.data_options
 @options.common_options
 def command(

@@ -13,6 +13,7 @@ from onnxcompress.validation.agreement import Agreement
 from onnxcompress.validation.metric import BatchMetric, Collector
 from onnxcompress.validation.pairing import feeds_for
 from onnxcompress.validation.place import Place
+from onnxcompress.validation.portable import Portable
 from onnxcompress.validation.samples import Evaluator, RunModel, Samples
 from onnxcompress.validation.sequential import Sequential
 from onnxcompress.validation.values import Positions, RealRows
@@ -30,9 +31,10 @@ class Comparison:
         evaluator: Evaluator | None,
         limit: int | None,
         sequential: Sequential | None = None,
+        portable: Portable | None = None,
     ) -> None:
         self._sessions, self._places, self._data = sessions, places, data
-        self.evaluator, self._limit, self._sequential = evaluator, limit, sequential
+        self.evaluator, self._limit, self._sequential, self._portable = evaluator, limit, sequential, portable
         self._names = [port.name for port in sessions[0].outputs]
         self._records = (Collector(), Collector())
         self.agreement = Agreement()
@@ -73,6 +75,9 @@ class Comparison:
                 records.add(columns)
         for place in self._places:
             place.see(batch, pair[0], rows, self._names, where, self.evaluator)
+        if self._portable is not None:
+            scorer = None if self.agreement.misfit else self.evaluator
+            self._portable.see(batch, pair[1], rows, self._names, where, scorer)
         if self._sequential is not None:
             self._sequential.order.update(None if batch.labels is None else batch.labels[: batch.count])
         self.first = self.first or batch

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from onnxcompress.validation.agreement import OutputAgreement
 from onnxcompress.validation.placement import ProviderRow
+from onnxcompress.validation.portable import Integers
 from onnxcompress.validation.verdict import Score, Verdict
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ class Size:
 class Result:
     """One validation. `inputs`: data or synthetic. `partial`: interrupted, so it speaks of fewer samples than asked.
 
+    `integers`: how far the compressed model's answers depend on the machine; None where it computes with floats alone.
     `stopped_early`: an early look decided, so the outputs were compared on the samples seen up to it.
     """
 
@@ -74,6 +76,7 @@ class Result:
     same_bytes: bool = False
     partial: bool = False
     stopped_early: bool = False
+    integers: Integers | None = None
     schema: int = SCHEMA
 
     @property

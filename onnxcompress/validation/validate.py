@@ -34,6 +34,7 @@ from onnxcompress.validation.metrics import Whole, metric_named
 from onnxcompress.validation.pairing import check_fit, feeds_for, narrowed
 from onnxcompress.validation.place import Place
 from onnxcompress.validation.placement import ProviderRow, judge_row
+from onnxcompress.validation.portable import SATURATION, Portable, judge_integers
 from onnxcompress.validation.result import Result, Size, Timing
 from onnxcompress.validation.samples import Evaluator
 from onnxcompress.validation.sequential import Sequential
@@ -61,6 +62,7 @@ def validate(
     batch: int | None = None,
     latency: bool = True,
     stop_early: bool = False,
+    saturation: float = SATURATION,
 ) -> Result:
     """Compare `compressed` with `original` on `data`; nothing of the data is held but sums and a few numbers a sample.
 
@@ -72,6 +74,8 @@ def validate(
     `runtime.choice`); one that did not run it, or none of its multiply-accumulates, fails the validation.
     `stop_early`: look at the metric at doubling sample counts and stop once it is decided (`validation.sequential`);
     samples must be in random order, and what is said of the outputs then speaks of those seen.
+    `saturation`: what share of an output may be lost where integer sums are cut off, here or on a CPU without VNNI
+    (`validation.portable`); infinity only reports it.
     `threads`: 1 gives the same bits every time. `latency`: also time both, for about two seconds.
 
     An interrupt (Ctrl-C) ends the pass early: what was seen is reported, marked `partial`.
@@ -84,7 +88,7 @@ def validate(
     """
     wanted = list(dict.fromkeys(Choice.of(name) for name in providers))
     name, evaluator = metric_named(metric, output) if metric is not None else ("", None)
-    _check_question(evaluator, name, data, output, max_drop)
+    _check_question(evaluator, name, data, output, max_drop, saturation)
     with contextlib.ExitStack() as stack:
         first, second = _Side(original), _Side(compressed)
         sessions = (stack.enter_context(first.open(threads)), stack.enter_context(second.open(threads)))
@@ -105,22 +109,30 @@ def validate(
         for choice in wanted:
             places.append(Place(choice, lambda own, config, profile: second.open(threads, own, config, profile), known))
             stack.callback(places[-1].close)
+        portable = Portable(
+            second.model, feeder, lambda config: second.open(threads, config=config), limit=saturation, threads=threads
+        )
+        stack.callback(portable.close)
         same = first.same_as(second)
         size = Size(first.bytes, second.bytes, second.bytes / max(1, first.bytes))
         first.release()
         second.release()
         looks = _looks(feeder, evaluator, name, limit, max_drop, seed) if stop_early else None
-        work = Comparison(sessions, places, feeder, evaluator, limit, looks)
+        work = Comparison(sessions, places, feeder, evaluator, limit, looks, portable)
         shown = progress or Silent()
         work.stream(shown)
         found = work.early or _scored(work, looks, name, max_drop, seed)
         timed = _timed(sessions, work.first, threads) if latency and not work.partial else None
         _finish(places, work, found, feeder, seed, latency)
         rows = tuple(place.row() for place in places)
+        portable.score(evaluator)
+    integers = portable.result(name)
     agreement = tuple(work.agreement.results())
     findings = _findings(work, found, rows, same, data is None, bool(name))
     if looks is not None:
         findings.append(Finding(Verdict.PASS, (looks.story(work.early is not None),)))
+    if integers is not None and (said := judge_integers(integers)) is not None:
+        findings.append(said)
     finding = overall(findings)
     return Result(
         verdict=finding.verdict,
@@ -136,6 +148,7 @@ def validate(
         same_bytes=same,
         partial=work.partial,
         stopped_early=work.early is not None,
+        integers=integers,
     )
 
 
@@ -194,7 +207,7 @@ def _timed(sessions: tuple[Session, Session], batch: Batch | None, threads: int)
 
 
 def _check_question(
-    evaluator: Evaluator | None, name: str, data: Any, output: str | None, max_drop: float | None
+    evaluator: Evaluator | None, name: str, data: Any, output: str | None, max_drop: float | None, saturation: float
 ) -> None:
     if evaluator is None:
         if max_drop is not None:
@@ -204,6 +217,8 @@ def _check_question(
     elif data is None and not isinstance(evaluator, Whole):
         needs = "data with labels" if getattr(evaluator, "needs_labels", True) else "data"
         raise MetricError(f"metric {name} needs {needs}: give some (--data)")
+    if not saturation >= 0:
+        raise DataError(f"--saturation: wanted a number of at least 0, got {saturation}")
     if max_drop is not None and not (math.isfinite(max_drop) and max_drop >= 0):
         raise MetricError(f"--max-drop: wanted a number of at least 0, got {max_drop}")
 
