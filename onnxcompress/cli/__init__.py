@@ -19,6 +19,7 @@ COMMANDS = {
     "train": "train a model on labels, from where it stands or from scratch",
     "validate": "compare a compressed model with its original",
     "lint": "what a deployment target would refuse, run slowly or compute differently",
+    "doctor": "what this machine can run, what is missing, and what mends it",
     "inspect": "what a model is, where its bytes are, what each pass could touch",
     "passes": "every installed pass, its parameters and defaults",
 }

@@ -8,6 +8,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+import platform
 import re
 from typing import Any
 
@@ -54,7 +55,10 @@ def defaults(provider: str) -> dict[str, str]:
     """Options without which the plugin `provider` takes no node."""
     if provider == "QNNExecutionProvider":
         with contextlib.suppress(Exception):
-            return {"backend_path": str(importlib.import_module(packages()[provider]).get_qnn_htp_path())}
+            path = str(importlib.import_module(packages()[provider]).get_qnn_htp_path())
+            # The simulator on x86 has no device to read these off, and cannot finish a graph without (QNN plugin 2.7).
+            simulated = {"htp_arch": "75", "soc_model": "57"} if _x86() else {}
+            return {"backend_path": path, **simulated}
     return {}
 
 
@@ -62,6 +66,10 @@ def names(ort: Any) -> list[str]:
     """Providers that are registered as plugins, or can be."""
     registered = [device.ep_name for device in ort.get_ep_devices()] if hasattr(ort, "get_ep_devices") else []
     return list(dict.fromkeys([*registered, *packages()]))
+
+
+def _x86() -> bool:
+    return platform.machine().lower() in ("x86_64", "amd64")
 
 
 def _registered(ort: Any, provider: str) -> list[Any]:
