@@ -17,7 +17,7 @@ from onnxcompress import doctor as module
 from onnxcompress.cli.doctor_command import command
 from onnxcompress.doctor import doctor
 from onnxcompress.errors import RuntimeUnavailable
-from onnxcompress.runtime import nvidia, session
+from onnxcompress.runtime import nvidia, obstacles, session
 from onnxcompress.runtime.obstacles import Obstacle
 
 
@@ -49,8 +49,8 @@ def test_this_machine_runs_the_cpu() -> None:
 def test_a_provider_that_does_not_start_is_told_with_its_mend(monkeypatch: pytest.MonkeyPatch) -> None:
     ort = session.onnxruntime()
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
-    monkeypatch.setattr(module.obstacles, "obstacle", lambda ort, name: Obstacle("libfoo.so.1 is missing", "get foo"))
-    real = module.open_session
+    monkeypatch.setattr(obstacles, "obstacle", lambda ort, name: Obstacle("libfoo.so.1 is missing", "get foo"))
+    real = session.open_session
 
     def opened(model: Any, provider: str, **rest: Any) -> Any:
         if provider == "CUDAExecutionProvider":
