@@ -13,14 +13,18 @@ from onnxcompress.data.batch import Batch, Data
 from onnxcompress.data.records import describe, load_function, split_reference
 from onnxcompress.errors import DataError, MetricError, OnnxCompressError
 from onnxcompress.validation.classification import F1, Accuracy, Auc, Top5
+from onnxcompress.validation.detection import MeanAveragePrecision, MeanAveragePrecision50
 from onnxcompress.validation.language import Perplexity
 from onnxcompress.validation.metric import BatchMetric
 from onnxcompress.validation.regression import R2, Mae, Mse, Pearson, SiSdr, Spearman
 from onnxcompress.validation.samples import Columns, Evaluator, RunModel, Samples
+from onnxcompress.validation.speech import CharacterErrorRate, WordErrorRate
 
-METRICS: dict[str, type[BatchMetric]] = {
-    kind.name: kind for kind in (Accuracy, Top5, F1, Auc, Spearman, Pearson, Perplexity, Mse, Mae, R2, SiSdr)
-}
+_KINDS: tuple[type[BatchMetric], ...] = (
+    *(Accuracy, Top5, F1, Auc, Spearman, Pearson, Perplexity, Mse, Mae, R2, SiSdr),
+    *(MeanAveragePrecision, MeanAveragePrecision50, WordErrorRate, CharacterErrorRate),
+)
+METRICS: dict[str, type[BatchMetric]] = {kind.name: kind for kind in _KINDS}
 
 
 def metric_named(metric: str | Evaluator | Callable[..., Any], output: str | None = None) -> tuple[str, Evaluator]:

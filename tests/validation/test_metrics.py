@@ -225,5 +225,6 @@ def test_own_functions(tmp_path: pathlib.Path) -> None:
 def test_every_metric_is_named_as_it_is_called() -> None:
     assert set(METRICS) == {
         "accuracy", "top5", "f1", "auc", "spearman", "pearson", "perplexity", "mse", "mae", "r2", "si-sdr",
+        "map", "map50", "wer", "cer",
     }  # fmt: skip
     assert metric_named("SI_SDR")[0] == "si-sdr"
