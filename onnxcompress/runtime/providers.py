@@ -45,6 +45,7 @@ _PLUGINS = {
 }
 
 _NEEDS = {
+    "openvino": "the device that was asked for (device_type), with its driver",
     "cuda": "an NVIDIA GPU with its driver, and the CUDA and cuDNN libraries this wheel was built for",
     "tensorrt": "an NVIDIA GPU with its driver, and the TensorRT version this wheel was built for (libnvinfer)",
 }
