@@ -160,12 +160,13 @@ def open_session(
     config: Mapping[str, str] | None = None,
     profile: str | os.PathLike[str] | None = None,
     provider_options: Mapping[str, str] | None = None,
+    sizes: Mapping[str, int] | None = None,
 ) -> Session:
     """Open `model` (in memory, a path, or bytes) on `provider`, with the CPU behind it for nodes it does not take.
 
     `threads`: of the one pool used; 1 gives the same bits on every machine of a class. `optimize`: all graph
-    optimizations of ONNX Runtime, or none. `config`: session config entries. `profile`: file for the profile, which
-    `close` writes.
+    optimizations of ONNX Runtime, or none. `config`: session config entries. `sizes`: of free dimensions, by name.
+    `profile`: file for the profile, which `end_profile` or `close` writes.
     External data of an in-memory model is read where it lies; a large model that is not on disk goes through a private
     temporary folder.
 
@@ -178,6 +179,8 @@ def open_session(
     ort = onnxruntime()
     devices = _devices(ort, wanted)
     options = _options(ort, threads, optimize, {**(config or {})})
+    for name, size in (sizes or {}).items():
+        options.add_free_dimension_override_by_name(name, size)
     profile_path = pathlib.Path(profile) if profile is not None else None
     if profile_path is not None:
         options.enable_profiling = True

@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from onnxcompress.data.batch import Batch, Data
 from onnxcompress.errors import DataError, MetricError, ModelError, RuntimeUnavailable
 from onnxcompress.model.cost import NodeCost
@@ -17,7 +19,7 @@ from onnxcompress.runtime import memory, nvidia
 from onnxcompress.runtime.choice import Choice
 from onnxcompress.runtime.obstacles import NVIDIA
 from onnxcompress.runtime.providers import PROVIDERS, short_name
-from onnxcompress.runtime.session import Session
+from onnxcompress.runtime.session import Port, Session
 from onnxcompress.validation import placement
 from onnxcompress.validation.agreement import Agreement
 from onnxcompress.validation.metric import BatchMetric, Collector
@@ -27,16 +29,21 @@ from onnxcompress.validation.samples import Evaluator, Samples
 from onnxcompress.validation.values import RealRows
 from onnxcompress.validation.verdict import Score
 
-Open = Callable[[Choice, Mapping[str, str], pathlib.Path], Session]  # provider, session config, file for the profile
+# Provider, session config, file for the profile, sizes of free dimensions.
+Open = Callable[[Choice, Mapping[str, str], pathlib.Path, Mapping[str, int]], Session]
 
 
 class Place:
     """One requested provider. The CPU is run anyway, as both models' reference, and needs no proof.
 
     Nothing here raises for what the provider cannot do: `reason` says it, and `row` tells that it did not run.
+    A provider that takes fixed shapes alone gets those of the first batch; later ones are filled up to it.
+    `costs`: of the model's nodes. `inputs`: of its session on the CPU.
     """
 
-    def __init__(self, choice: Choice, open_it: Open, costs: Sequence[NodeCost] = ()) -> None:
+    def __init__(
+        self, choice: Choice, open_it: Open, costs: Sequence[NodeCost] = (), inputs: Sequence[Port] = ()
+    ) -> None:
         self.name, self.provider = choice.name, short_name(choice.provider)
         self.session: Session | None = None
         self.nodes: list[placement.Node] = []
@@ -50,12 +57,24 @@ class Place:
         self._free: list[str] = []
         self._seconds: float | None = None
         self._batch: int | None = None
+        self._pending: Callable[[Mapping[str, int]], None] | None = None
+        self._named = {port.name: port.shape for port in inputs}
         self._grown: tuple[int | None, int | None] = (None, None)
         if not self.cpu:
             self._folder = pathlib.Path(tempfile.mkdtemp(prefix="onnxcompress-"))
             self._used = self._memory(choice.provider)
             self._device = choice.provider
-            self._start(choice, open_it)
+            if self.provider in placement.FIXED and any(
+                isinstance(size, str) for port in inputs for size in port.shape
+            ):
+                self._pending = lambda sizes: self._start(choice, open_it, sizes)
+            else:
+                self._start(choice, open_it)
+
+    @property
+    def waits(self) -> bool:
+        """True while its session waits for the first batch."""
+        return self._pending is not None
 
     def see(
         self,
@@ -67,10 +86,13 @@ class Place:
         evaluator: Evaluator | None,
     ) -> None:
         """Run one batch there, compare it with the `reference` and score it."""
+        start, self._pending = self._pending, None
+        if start is not None:
+            start(self._sizes(batch.feeds))
         if self.session is None:
             return
         try:
-            outputs = rows.cut(self.session.run(feeds_for(self.session, batch.feeds), names), batch)
+            outputs = rows.cut(self._run(batch.feeds, names), batch)
         except (ModelError, DataError) as error:
             self._stop(str(error))
             return
@@ -84,10 +106,9 @@ class Place:
         """The records there of the first `n` samples; None when there are none."""
         if self.session is None or self.agreement.misfit:
             return None
-        session = self.session
         try:
             if not isinstance(evaluator, BatchMetric):
-                return evaluator(lambda feeds: session.run(feeds_for(session, feeds)), data)
+                return evaluator(self._run, data)
             columns = self._records.columns()
             if any(len(column) < n for column in columns.values()):  # an interrupt fell between two
                 return None
@@ -100,12 +121,12 @@ class Place:
         """Time one call on `batch`, for `budget` seconds or `most` calls, warm from the runs before."""
         if self.session is None:
             return
-        feeds, start = feeds_for(self.session, batch.feeds), time.perf_counter()
+        start = time.perf_counter()
         times: list[float] = []
         try:
             while len(times) < most and (len(times) < 3 or time.perf_counter() - start < budget):
                 begun = time.perf_counter()
-                self.session.run(feeds)
+                self._run(batch.feeds)
                 times.append(time.perf_counter() - begun)
         except (ModelError, DataError) as error:
             self._stop(str(error))
@@ -140,9 +161,36 @@ class Place:
         if not self.cpu:
             shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _start(self, choice: Choice, open_it: Open) -> None:
+    def _run(self, feeds: Mapping[str, Any], names: Sequence[str] | None = None) -> dict[str, Any]:
+        """Run `feeds`, filled up to the session's batch where that is fixed and the model's is free."""
+        assert self.session is not None
+        given, real, full = feeds_for(self.session, feeds), None, None
+        for port in self.session.inputs:
+            size, own = port.shape[0] if port.shape else None, self._named.get(port.name, ())
+            array = given.get(port.name)
+            free = bool(own) and isinstance(own[0], str)
+            if free and isinstance(size, int) and isinstance(array, np.ndarray) and 0 < len(array) < size:
+                real, full = len(array), size
+                given[port.name] = np.concatenate([array, np.repeat(array[-1:], size - len(array), axis=0)])
+        outputs = self.session.run(given, names)
+        if full is None:
+            return outputs
+        return {
+            name: value[:real] if isinstance(value, np.ndarray) and value.ndim and len(value) == full else value
+            for name, value in outputs.items()
+        }
+
+    def _sizes(self, feeds: Mapping[str, Any]) -> dict[str, int]:
+        """Sizes of the model's free dimensions in these feeds, by name."""
+        found: dict[str, int] = {}
+        for name, shape in self._named.items():
+            if isinstance(feeds.get(name), np.ndarray):
+                found |= {size: n for size, n in zip(shape, feeds[name].shape, strict=False) if isinstance(size, str)}
+        return found
+
+    def _start(self, choice: Choice, open_it: Open, sizes: Mapping[str, int] | None = None) -> None:
         try:
-            self.session = open_it(choice, placement.RECORD, self._folder / "profile.json")
+            self.session = open_it(choice, placement.RECORD, self._folder / "profile.json", sizes or {})
         except (RuntimeUnavailable, ModelError) as error:
             self.reason = str(error)
             return

@@ -22,7 +22,7 @@ from onnxcompress.validation.verdict import Finding, Score, Verdict
 # Records which provider each node was given, before fusion (seen in onnxruntime 1.32).
 RECORD = {"session.record_ep_graph_assignment_info": "1"}
 LEAST_SHARE = 0.9  # of the multiply-accumulates: a provider that ran less is told so in the reasons
-_FIXED = ("qnn", "nnapi", "vitisai")  # providers that take nodes of fixed shapes alone
+FIXED = ("qnn", "nnapi", "vitisai")  # providers that take nodes of fixed shapes alone
 _SHAPES = ("Shape", "Size", "NonZero")
 _NAMED = 3  # nodes in a line
 
@@ -147,7 +147,7 @@ def took_none(provider: str, nodes: Sequence[Node] | None, *, free: Sequence[str
     if nodes is None:
         return "this onnxruntime does not tell which nodes a provider takes; install a newer one"
     taken = ", ".join(f"{PROVIDERS.get(name, name)}: {count}" for name, count in counted(nodes).items())
-    why = f": {_fixed(provider, free)}" if provider in _FIXED and free else ""
+    why = f": {_fixed(provider, free)}" if provider in FIXED and free else ""
     return f"took no node of this model ({taken or 'there are none'}){why}"
 
 
@@ -190,7 +190,7 @@ def _why(provider: str, op_type: str, free: Sequence[str]) -> str | None:
     target = TARGETS.get(provider)
     if target is not None and op_type in target.refused:
         return f"{provider} has no such operator"
-    if provider in _FIXED and free:
+    if provider in FIXED and free:
         return _fixed(provider, free)
     return "ONNX Runtime keeps shapes on the CPU" if op_type in _SHAPES else None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import pathlib
@@ -107,7 +108,7 @@ def validate(
         known = second.costs() if any(short_name(choice.provider) != "cpu" for choice in wanted) else []
         places: list[Place] = []
         for choice in wanted:
-            places.append(Place(choice, lambda own, config, profile: second.open(threads, own, config, profile), known))
+            places.append(Place(choice, functools.partial(second.open, threads), known, sessions[1].inputs))
             stack.callback(places[-1].close)
         portable = Portable(
             second.model, feeder, lambda config: second.open(threads, config=config), limit=saturation, threads=threads
@@ -116,7 +117,8 @@ def validate(
         same = first.same_as(second)
         size = Size(first.bytes, second.bytes, second.bytes / max(1, first.bytes))
         first.release()
-        second.release()
+        if not any(place.waits for place in places):
+            second.release()
         looks = _looks(feeder, evaluator, name, limit, max_drop, seed) if stop_early else None
         work = Comparison(sessions, places, feeder, evaluator, limit, looks, portable)
         shown = progress or Silent()
@@ -240,6 +242,7 @@ class _Side:
         choice: Choice = _CPU,
         config: Mapping[str, str] | None = None,
         profile: pathlib.Path | None = None,
+        sizes: Mapping[str, int] | None = None,
     ) -> Session:
         given, digest = self._given, self._source.sha256 if self._source is not None else ""
         quantized = any(node.op_type == "QuantizeLinear" for node in self.model.graph)
@@ -247,6 +250,7 @@ class _Side:
         options = choice.provider_options(digest, quantized=quantized)
         model = given if isinstance(given, str | os.PathLike | bytes) else self.model
         settings |= {"provider_options": options} if options else {}
+        settings |= {"sizes": sizes} if sizes else {}
         return open_session(model, provider=short_name(choice.provider), threads=threads, **settings)
 
     def costs(self) -> list[NodeCost]:
