@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from onnxcompress.api import compress as compress
+    from onnxcompress.benchmarking import bench as bench
     from onnxcompress.inspection import inspect as inspect
     from onnxcompress.linting import lint as lint
     from onnxcompress.model.load import load as load
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "Recipe": "onnxcompress.recipe",
+    "bench": "onnxcompress.benchmarking",
     "compress": "onnxcompress.api",
     "inspect": "onnxcompress.inspection",
     "lint": "onnxcompress.linting",
@@ -31,7 +33,7 @@ _WHERE = {
     "weights": "onnxcompress.model.weights",
 }
 
-__all__ = ["Recipe", "compress", "inspect", "lint", "load", "save", "validate", "weights"]
+__all__ = ["Recipe", "bench", "compress", "inspect", "lint", "load", "save", "validate", "weights"]
 
 
 def __getattr__(name: str) -> Any:

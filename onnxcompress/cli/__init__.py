@@ -20,6 +20,7 @@ COMMANDS = {
     "validate": "compare a compressed model with its original",
     "lint": "what a deployment target would refuse, run slowly or compute differently",
     "doctor": "what this machine can run, what is missing, and what mends it",
+    "bench": "latency, throughput, load time and memory of models, side by side",
     "inspect": "what a model is, where its bytes are, what each pass could touch",
     "passes": "every installed pass, its parameters and defaults",
 }

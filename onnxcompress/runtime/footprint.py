@@ -47,6 +47,7 @@ def footprint(
     provider: str = "cpu",
     threads: int = 1,
     starts: int = 1,
+    provider_options: Mapping[str, str] | None = None,
     timeout: float = 600,
 ) -> Footprint:
     """Open the file `model` and run it twice on `feeds` (arrays), in each of `starts` new processes.
@@ -65,6 +66,7 @@ def footprint(
             "names": list(feeds),
             "provider": provider,
             "threads": threads,
+            "options": dict(provider_options or {}),
         }
         found = [_child(job, timeout) for _ in range(starts)]
     peaks = [entry["peak"] for entry in found if entry["peak"] is not None]
@@ -113,7 +115,12 @@ def _measure(job: Mapping[str, Any]) -> dict[str, Any]:
     _import_runtime()
     with PeakRssAnon(interval=0.002) as memory:
         start = time.perf_counter()
-        session = open_session(job["model"], provider=job["provider"], threads=job["threads"])
+        session = open_session(
+            job["model"],
+            provider=job["provider"],
+            threads=job["threads"],
+            provider_options=job["options"] or None,
+        )
         opened = time.perf_counter()
         session.run(feeds)
         first = time.perf_counter()
