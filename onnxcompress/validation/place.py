@@ -33,6 +33,9 @@ from onnxcompress.validation.verdict import Score
 Open = Callable[[Choice, Mapping[str, str], pathlib.Path, Mapping[str, int]], Session]
 
 
+_SHAPES = 16  # so many times a model is opened for a provider that takes fixed shapes alone
+
+
 class Place:
     """One requested provider. The CPU is run anyway, as both models' reference, and needs no proof.
 
@@ -57,7 +60,9 @@ class Place:
         self._free: list[str] = []
         self._seconds: float | None = None
         self._batch: int | None = None
-        self._pending: Callable[[Mapping[str, int]], None] | None = None
+        self._reopen: Callable[[Mapping[str, int]], None] | None = None
+        self._at: dict[str, int] = {}
+        self._shapes = 0
         self._named = {port.name: port.shape for port in inputs}
         self._grown: tuple[int | None, int | None] = (None, None)
         if not self.cpu:
@@ -67,14 +72,14 @@ class Place:
             if self.provider in placement.FIXED and any(
                 isinstance(size, str) for port in inputs for size in port.shape
             ):
-                self._pending = lambda sizes: self._start(choice, open_it, sizes)
+                self._reopen = lambda sizes: self._start(choice, open_it, sizes)
             else:
                 self._start(choice, open_it)
 
     @property
-    def waits(self) -> bool:
-        """True while its session waits for the first batch."""
-        return self._pending is not None
+    def reopens(self) -> bool:
+        """True when it opens the model at the shapes of the data, again where they change."""
+        return self._reopen is not None
 
     def see(
         self,
@@ -86,9 +91,8 @@ class Place:
         evaluator: Evaluator | None,
     ) -> None:
         """Run one batch there, compare it with the `reference` and score it."""
-        start, self._pending = self._pending, None
-        if start is not None:
-            start(self._sizes(batch.feeds))
+        if self._reopen is not None and self.reason is None:
+            self._fit(self._reopen, self._sizes(batch.feeds))
         if self.session is None:
             return
         try:
@@ -179,6 +183,21 @@ class Place:
             name: value[:real] if isinstance(value, np.ndarray) and value.ndim and len(value) == full else value
             for name, value in outputs.items()
         }
+
+    def _fit(self, reopen: Callable[[Mapping[str, int]], None], sizes: Mapping[str, int]) -> None:
+        """Open the model at these sizes, unless it is open at them or with a larger batch."""
+        first = {shape[0] for shape in self._named.values() if shape}
+        if self._at and all(n == self._at[name] or (name in first and n < self._at[name]) for name, n in sizes.items()):
+            return
+        if self.session is not None:
+            self.session.close()
+        self._shapes += 1
+        if self._shapes > _SHAPES:
+            self._stop(f"{self.provider} takes fixed shapes alone, and the data comes in more than {_SHAPES}")
+            return
+        self._kernels = None
+        self._at = {name: max(n, self._at.get(name, 0)) if name in first else n for name, n in sizes.items()}
+        reopen(self._at)
 
     def _sizes(self, feeds: Mapping[str, Any]) -> dict[str, int]:
         """Sizes of the model's free dimensions in these feeds, by name."""

@@ -117,7 +117,7 @@ def validate(
         same = first.same_as(second)
         size = Size(first.bytes, second.bytes, second.bytes / max(1, first.bytes))
         first.release()
-        if not any(place.waits for place in places):
+        if not any(place.reopens for place in places):
             second.release()
         looks = _looks(feeder, evaluator, name, limit, max_drop, seed) if stop_early else None
         work = Comparison(sessions, places, feeder, evaluator, limit, looks, portable)
