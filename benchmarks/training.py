@@ -62,6 +62,7 @@ def pytorch(name: str, batch: int, threads: int, clip: float | None, batch_norm:
 def exported(name: str, batch_norm: str, folder: pathlib.Path) -> pathlib.Path:
     """The network as its exporter gives it."""
     import torch
+    from onnxscript import optimizer
     from training_networks import NETWORKS, settled
 
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -81,6 +82,8 @@ def exported(name: str, batch_norm: str, folder: pathlib.Path) -> pathlib.Path:
             dynamo=True,
             optimize=batch_norm == "frozen",
         )
+        if batch_norm == "trained":  # what the optimizer does, but without taking BatchNormalization into its layer
+            optimizer.fold_constants(program.model)
         program.save(path)
     return path
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
@@ -48,7 +49,27 @@ def settle(model: ir.Model, shapes: Mapping[str, Sequence[int]]) -> None:
     for node in model.graph:
         for output in node.outputs:
             output.shape = None
-    ShapeInferencePass(data_prop=True)(model)
+    while True:
+        ShapeInferencePass(data_prop=True)(model)
+        if not _fold_shapes(model.graph):
+            return
+
+
+def _fold_shapes(graph: ir.Graph) -> bool:
+    """Put numbers in the place of Shape nodes; True when there were any that could be."""
+    found = [
+        node for node in graph if node.op_type == "Shape" and not node.domain and _shape(node.inputs[0]) is not None
+    ]
+    for node in found:
+        sizes_, output = _shape(node.inputs[0]) or [], node.outputs[0]
+        part = sizes_[slice(node.attributes.get_int("start", 0), node.attributes.get_int("end", len(sizes_)))]
+        name = f"{output.name}/folded"
+        tensor = ir.tensor(np.array(part, np.int64), name=name)
+        value = ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape([len(part)]))
+        graph.register_initializer(value)
+        output.replace_all_uses_with(value, replace_graph_outputs=True)
+        graph.remove(node, safe=True)
+    return bool(found)
 
 
 class Lowering:
@@ -238,7 +259,7 @@ class Lowering:
         return flat.reshape([samples, layout.padded(count) // layout.size, 1, 1, layout.size])
 
     def _reduction(self, node: ir.Node) -> bool:
-        """A sum or mean over all but the channels: over the rows of [N H W, C], which is one pass."""
+        """A sum or mean over all but the channels: first over the places of a block, then over the samples."""
         x, output = node.inputs[0], node.outputs[0]
         shape, result = _shape(x), _shape(output)
         if x is None or x not in self.blocked or x.dtype != FLOAT or shape is None or result is None or len(shape) != 4:
@@ -246,8 +267,11 @@ class Lowering:
         if [size for size in result if size != 1] != [size for size in shape[1:2] if size != 1]:
             return False
         n, c, h, w = shape
-        rows = self.channels_last(x).reshape([n * h * w, c])
-        found = rows.reduce(node.op_type, [0], keep=False)
+        size, whole = self.layout.size, self.layout.padded(c)
+        places = self.blocked[x].reshape([n * whole // size, h * w, size]).reduce(node.op_type, [1], keep=False)
+        found = places.reshape([n, whole]).reduce(node.op_type, [0], keep=False)
+        if whole > c:
+            found = found.slice([0], [0], [c])
         found.value.shape = ir.Shape([c])
         self._stand_in(output, found.reshape(result))
         return True
