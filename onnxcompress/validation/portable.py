@@ -41,8 +41,8 @@ class Integers:
 
     `products`: the bound of every product of unsigned and signed bytes. `saturations`: what 16-bit sums would cut off
     in those that can overflow, on this data; `unmeasured`: why that could not be computed. `agreement`: the default
-    against exact sums on this machine, over `samples` samples; `metric_default`, `metric_exact`: the metric of both on
-    them. `cpu_class`: of this machine. `limit`: the share that was allowed.
+    against exact sums on this machine, over `samples` samples, or in `not_run` why ONNX Runtime has none for this model;
+    `metric_default`, `metric_exact`: the metric of both on them. `cpu_class`: of this machine. `limit`: the share that was allowed.
     """
 
     products: tuple[PairBound, ...]
@@ -50,6 +50,7 @@ class Integers:
     unmeasured: str | None
     agreement: tuple[OutputAgreement, ...]
     samples: int
+    not_run: str | None
     metric: str | None
     metric_default: float | None
     metric_exact: float | None
@@ -92,7 +93,13 @@ class Portable:
         self._products = tuple(pair_bounds(model))
         self._saturations: tuple[Saturation, ...] = ()
         self._unmeasured: str | None = None
-        self.session = open_it(PORTABLE) if has_integers(model) else None
+        self._integers, self._not_run = has_integers(model), ""
+        self._session: Session | None = None
+        if self._integers:
+            try:
+                self._session = open_it(PORTABLE)
+            except ModelError as error:
+                self._not_run = str(error)
         risky = any(entry.at_risk for entry in self._products)
         if risky:
             try:
@@ -112,9 +119,14 @@ class Portable:
         evaluator: Evaluator | None,
     ) -> None:
         """Run one batch with exact sums and hold the `default` outputs, of which padding is cut, against it."""
-        if self.session is None or not (self._whole or self._calls < _CALLS):
+        if self._session is None or not (self._whole or self._calls < _CALLS):
             return
-        exact = rows.cut(self.session.run(feeds_for(self.session, batch.feeds), names), batch)
+        try:
+            exact = rows.cut(self._session.run(feeds_for(self._session, batch.feeds), names), batch)
+        except ModelError as error:
+            # onnxruntime 1.32 turns the signed weights of a Gemm to unsigned with a zero point that does not fit them.
+            self._not_run, self._session = str(error), None
+            return
         self._agreement.update(exact, default, **where)
         self._calls += 1
         self._samples += batch.count
@@ -132,7 +144,7 @@ class Portable:
 
     def result(self, metric: str) -> Integers | None:
         """What was found; None where the model has no integers."""
-        if self.session is None:
+        if not self._integers:
             return None
         return Integers(
             products=self._products,
@@ -140,6 +152,7 @@ class Portable:
             unmeasured=self._unmeasured,
             agreement=tuple(self._agreement.results()),
             samples=self._samples,
+            not_run=self._not_run or None,
             metric=metric if self._scores is not None else None,
             metric_default=self._scores[0] if self._scores is not None else None,
             metric_exact=self._scores[1] if self._scores is not None else None,
@@ -148,14 +161,15 @@ class Portable:
         )
 
     def close(self) -> None:
-        """Close its session, which `result` still counts as having run."""
-        if self.session is not None:
-            self.session.close()
+        """Close its session."""
+        if self._session is not None:
+            self._session.close()
 
 
 def judge_integers(found: Integers) -> Finding | None:
     """FAIL where more is cut off than `limit`; a note where sums can overflow; None where there is nothing to say."""
     reasons = []
+    unproved = f"; {_NOT_RUN}" if found.not_run and "VNNI" not in found.cpu_class else ""
     risky, observed = found.at_risk, found.observed
     if observed > found.limit:
         scores = (
@@ -184,7 +198,7 @@ def judge_integers(found: Integers) -> Finding | None:
         return None
     if not risky:
         said = f"none of {len(found.products)} integer products can overflow 16 bits: the same answers without VNNI"
-        return Finding(Verdict.PASS, (said,))
+        return Finding(Verdict.PASS, (said + unproved,))
     seen = [entry for entry in found.saturations if entry.rows]
     said = f"{len(risky)} of {len(found.products)} integer products can overflow 16 bits on CPUs without VNNI ("
     said += ", ".join(repr(entry.node) for entry in risky[:_NAMED]) + (", ..." if len(risky) > _NAMED else "") + ")"
@@ -193,9 +207,10 @@ def judge_integers(found: Integers) -> Finding | None:
     if len(seen) < len(risky):
         said += f"; how much is not known of {len(risky) - len(seen)}"
         said += f" ({found.unmeasured})" if found.unmeasured else ""
-    return Finding(Verdict.PASS, (said,))
+    return Finding(Verdict.PASS, (said + unproved,))
 
 
+_NOT_RUN = "what this CPU does was not seen: ONNX Runtime cannot run the model with exact sums"
 _MEND = "quantize again with a reduced weight range (--target portable; reduce_range in other tools)"
 
 

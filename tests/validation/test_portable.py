@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 
-from onnxcompress.errors import DataError
+from onnxcompress.errors import DataError, ModelError
 from onnxcompress.runtime.session import Session, open_session
 from onnxcompress.validation import portable
 from onnxcompress.validation.integers import PairBound
@@ -111,10 +111,35 @@ def test_a_cpu_that_cuts_off_is_seen(data: dict[str, np.ndarray], monkeypatch: p
     assert found.integers.observed == pytest.approx(expected, rel=1e-3)
 
 
+def test_a_model_that_onnxruntime_cannot_run_with_exact_sums(
+    data: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen in onnxruntime 1.32 with the per-channel weight of a Gemm."""
+    plain, integer = quantized(127)
+
+    def opened(given: Any, **rest: Any) -> Session:
+        session = open_session(given, **rest)
+        if rest.get("config") == portable.PORTABLE:
+            monkeypatch.setattr(session, "run", refuse)
+        return session
+
+    def refuse(*_: Any) -> None:
+        raise ModelError("running it failed: DequantizeLinear")
+
+    monkeypatch.setattr("onnxcompress.validation.validate.open_session", opened)
+    monkeypatch.setattr(portable, "cpu_class", lambda: "AVX2")
+    found = validate(plain, integer, data=data, latency=False, saturation=math.inf)
+    assert found.integers is not None
+    assert (found.integers.samples, found.integers.agreement) == (0, ())
+    assert found.integers.not_run == "running it failed: DequantizeLinear"
+    assert any("cannot run the model with exact sums" in reason for reason in found.reasons)
+    assert validate(plain, integer, data=data, latency=False).verdict is Verdict.FAIL  # computed all the same
+
+
 def test_what_cannot_be_computed_is_said() -> None:
     bound = PairBound("lstm", "DynamicQuantizeLSTM", "w", "x", (0, 255), 40_000, 60_000, 0, 1, 8)
     unseen = Saturation("lstm", 0.0, 0.0, 0)
-    found = Integers((bound,), (unseen,), None, (), 0, None, None, None, "AVX2", 0.01)
+    found = Integers((bound,), (unseen,), None, (), 0, None, None, None, None, "AVX2", 0.01)
     said = judge_integers(found)
     assert said is not None
     assert said.verdict is Verdict.PASS
