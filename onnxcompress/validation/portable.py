@@ -41,8 +41,9 @@ class Integers:
 
     `products`: the bound of every product of unsigned and signed bytes. `saturations`: what 16-bit sums would cut off
     in those that can overflow, on this data; `unmeasured`: why that could not be computed. `agreement`: the default
-    against exact sums on this machine, over `samples` samples, or in `not_run` why ONNX Runtime has none for this model;
-    `metric_default`, `metric_exact`: the metric of both on them. `cpu_class`: of this machine. `limit`: the share that was allowed.
+    against exact sums on this machine, over `samples` samples; `not_run`: why ONNX Runtime cannot run the model with
+    exact sums. `metric_default`, `metric_exact`: the metric of both on these samples. `cpu_class`: of this machine.
+    `limit`: the share that was allowed.
     """
 
     products: tuple[PairBound, ...]
