@@ -19,6 +19,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcompress.errors import ModelError
+from onnxcompress.model import bridge
 from onnxcompress.runtime.session import Session, first_line, onnxruntime, open_session
 from onnxcompress.training import blocked
 from onnxcompress.training.lanes import Feeds, Lane
@@ -229,8 +230,9 @@ class Runner:
         shapes, alike = found[0], all(each == found[0] for each in found)
         if self._may_fit and alike:
             self._may_fit = False
-            if blocked.lower(self._graph.model, shapes, blocked.block_size()):
-                self._fitted = shapes, open_session(self._graph.model, threads=1, config=_CONFIG)
+            model = bridge.clone(self._graph.model)  # another runner of this graph may be fed with other shapes
+            if blocked.lower(model, shapes, blocked.block_size()):
+                self._fitted = shapes, open_session(model, threads=1, config=_CONFIG)
         if self._fitted is not None and alike and shapes == self._fitted[0]:
             return self._fitted[1]
         return self._session

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 
+from onnxcompress.autodiff.tensor import Tensor
 from onnxcompress.model.load import load
 from onnxcompress.training import runner as runners
 from onnxcompress.training.distill import Conditions, Settings, distill
+from onnxcompress.training.heads import heads
+from onnxcompress.training.losses import cross_entropy
 from onnxcompress.training.optimizers import SGD, AdamW
 from onnxcompress.training.runner import Runner
 from onnxcompress.training.samples import call_size
-from onnxcompress.training.step import TrainingGraph
+from onnxcompress.training.step import Inputs, TrainingGraph, build, forward
 from onnxcompress.training.storage import ALIGNED, Buffer, Layout
 from onnxcompress.training.update import RUN, runs
+from tests.house import ROOT
 from tests.training.small import arrays, mlp, opened
 from tests.training.test_features import fresh
 from tests.training.test_step import built
@@ -88,6 +93,30 @@ def test_lanes_follow_from_the_calls(count: int, lanes: int) -> None:
     with Runner(built(load(mlp()), SGD()), threads=1) as runner:
         runner.step(calls(*range(1, count)), 0.01, 1)
         assert len(runner._lanes) == lanes
+
+
+def test_runners_of_one_graph_do_not_disturb_each_other() -> None:
+    """Convolutions run blocked for the shapes of a runner's first step: in a graph of its own."""
+    model = load(ROOT / "models" / "digits_cnn" / "model.onnx")
+    with np.load(ROOT / "models" / "digits_cnn" / "train.npz") as stored:
+        data = {name: stored[name][:16] for name in stored.files}
+    labels = data.pop("y")
+    data = {name: array.astype(np.float32) for name, array in data.items()}
+    output = heads(model)[0].logits
+
+    def loss(inputs: Inputs, values: Mapping[str, Tensor]) -> Tensor:
+        y, weight = inputs("y", ir.DataType.INT64, ["n"]), inputs("weight", ir.DataType.FLOAT, ["n"])
+        return cross_entropy(values[output], y, weight, 1)
+
+    graph = build(forward(model, [data]), [output], loss, SGD())
+    before = [node.op_type for node in graph.model.graph]
+    feeds = {**data, "y": labels.astype(np.int64), "weight": np.ones(16, np.float32)}
+    halves = [{name: array[cut] for name, array in feeds.items()} for cut in (slice(0, 8), slice(8, 16))]
+    first = trained(graph, halves)
+    assert [node.op_type for node in graph.model.graph] == before
+    trained(graph, [feeds])
+    again = trained(graph, halves)
+    assert all(again[1][name].tobytes() == array.tobytes() for name, array in first[1].items())
 
 
 def test_a_step_that_is_not_finite_changes_nothing() -> None:
