@@ -25,7 +25,7 @@ from onnxcompress.validation.validate import validate
     "providers",
     multiple=True,
     metavar="P",
-    help="cpu, cuda, tensorrt, ...; may be repeated  [default: cpu]",
+    help="cpu, cuda, tensorrt:fp16, openvino:device_type=GPU, ...; may be repeated  [default: cpu]",
 )
 @click.option("--stop-early", is_flag=True, help="stop once the budget is decided; the samples must be in random order")
 @click.option(
@@ -35,6 +35,12 @@ from onnxcompress.validation.validate import validate
     show_default=True,
     metavar="X",
     help="share of an output that may be lost where CPUs cut off integer sums; inf only reports it",
+)
+@click.option(
+    "--footprint/--no-footprint",
+    default=True,
+    show_default=True,
+    help="measure load time and memory of both, each in a new process",
 )
 @options.data_options
 @options.common_options
