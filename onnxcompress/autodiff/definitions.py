@@ -62,7 +62,7 @@ def define(op_type: str, domain: str = MICROSOFT) -> Callable[[Definition], Defi
 
 @define("BatchNormalization", "")
 def batch_normalization(b: Builder, call: Call) -> Outputs | None:
-    """In training: the statistics of the batch, put into the inference form. Running ones move by 1 - momentum.
+    """In training: y = (x - mean) factor + bias by the statistics of the batch. Running ones move by 1 - momentum.
 
     Spelled out because ONNX Runtime 1.32 on the CPU overwrites the running mean it is given, even a graph input.
     """
@@ -70,11 +70,14 @@ def batch_normalization(b: Builder, call: Call) -> Outputs | None:
     if not call.attr("training_mode", 0) or x.rank is None:
         return None
     axes, momentum = [0, *range(2, x.rank)], call.attr("momentum", 0.9)
+    along = [1, -1, *[1] * (x.rank - 2)]
     mean = x.mean(*axes)
     centred = x - mean
-    flat = [t.reshape([-1]) for t in (mean, (centred * centred).mean(*axes))]
-    y = b.op("BatchNormalization", x, call[1], call[2], *flat, shape=x.shape, **call.keep("epsilon"))
-    return [y, *(call[3 + i] * momentum + flat[i] * (1 - momentum) for i in range(2))]
+    variance = centred.reduce("ReduceSumSquare", axes) / x.count(axes)
+    scale, bias = (call[i].reshape(along).cast(x.dtype) for i in (1, 2))
+    factor = scale / (variance + call.attr("epsilon", 1e-5)).map("Sqrt")
+    flat = [t.reshape([-1]).cast(call[3].dtype) for t in (mean, variance)]
+    return [centred * factor + bias, *(call[3 + i] * momentum + flat[i] * (1 - momentum) for i in range(2))]
 
 
 # Activations ---------------------------------------------------------------------------------------------------------

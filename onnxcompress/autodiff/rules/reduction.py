@@ -68,7 +68,7 @@ def reduce_mean(c: Context) -> Grads:
 
 @rule("ReduceSumSquare")
 def reduce_sum_square(c: Context) -> Grads:
-    return [Reduced(c).kept(c.g) * 2 * c.x[0]]
+    return [c.x[0] * (Reduced(c).kept(c.g) * 2)]
 
 
 @rule("ReduceL1")

@@ -122,7 +122,7 @@ class Lowering:
             return moved is not None
         if node.domain == "" and node.op_type in ELEMENTWISE:
             return self._elementwise(node)
-        if node.domain == "" and node.op_type in ("ReduceSum", "ReduceMean"):
+        if node.domain == "" and node.op_type in ("ReduceSum", "ReduceMean", "ReduceSumSquare"):
             return self._reduction(node)
         if node.domain == "" and node.op_type == "BatchNormalization":
             return self._normalization(node)
@@ -269,7 +269,8 @@ class Lowering:
         n, c, h, w = shape
         size, whole = self.layout.size, self.layout.padded(c)
         places = self.blocked[x].reshape([n * whole // size, h * w, size]).reduce(node.op_type, [1], keep=False)
-        found = places.reshape([n, whole]).reduce(node.op_type, [0], keep=False)
+        then = "ReduceSum" if node.op_type == "ReduceSumSquare" else node.op_type
+        found = places.reshape([n, whole]).reduce(then, [0], keep=False)
         if whole > c:
             found = found.slice([0], [0], [c])
         found.value.shape = ir.Shape([c])
