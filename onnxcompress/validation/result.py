@@ -7,6 +7,7 @@ import enum
 import math
 from typing import TYPE_CHECKING, Any
 
+from onnxcompress.runtime.footprint import Footprint
 from onnxcompress.validation.agreement import OutputAgreement
 from onnxcompress.validation.placement import ProviderRow
 from onnxcompress.validation.portable import Integers
@@ -60,6 +61,7 @@ class Result:
     """One validation. `inputs`: data or synthetic. `partial`: interrupted, so it speaks of fewer samples than asked.
 
     `integers`: how far the compressed model's answers depend on the machine; None where it computes with floats alone.
+    `footprints`: load time and memory of both in new processes, where that was asked for and both are files.
     `stopped_early`: an early look decided, so the outputs were compared on the samples seen up to it.
     """
 
@@ -77,6 +79,7 @@ class Result:
     partial: bool = False
     stopped_early: bool = False
     integers: Integers | None = None
+    footprints: tuple[Footprint, Footprint] | None = None
     schema: int = SCHEMA
 
     @property

@@ -36,6 +36,11 @@ def show(result: Result, console: rich.console.Console) -> None:
             note += f" ({timing.ratio_low:.2f} to {timing.ratio_high:.2f})"
         note += f", batch {timing.batch}, {timing.threads} thread{'s' if timing.threads > 1 else ''}"
         table.add_row("latency", _seconds(timing.original_p50), _seconds(timing.compressed_p50), note)
+    if result.footprints is not None:
+        first, second = result.footprints
+        table.add_row("load", _seconds(first.load), _seconds(second.load), "in a new process")
+        if first.peak is not None and second.peak is not None:
+            table.add_row("memory", _bytes(first.peak), _bytes(second.peak), "its own, at most")
     for output in result.agreement:
         table.add_row(rich.text.Text(f"output {output.name}"), "", "", rich.text.Text(agreement_text(output)))
     for row in result.providers:

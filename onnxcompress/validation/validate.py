@@ -26,6 +26,8 @@ from onnxcompress.model.cost import NodeCost, costs
 from onnxcompress.model.load import Loadable, load, source_of
 from onnxcompress.model.sizes import saved_bytes
 from onnxcompress.runtime.choice import Choice
+from onnxcompress.runtime.footprint import Footprint
+from onnxcompress.runtime.footprint import footprint as of_file
 from onnxcompress.runtime.providers import PROVIDERS, short_name
 from onnxcompress.runtime.session import Session, open_session
 from onnxcompress.validation import timing
@@ -64,6 +66,7 @@ def validate(
     latency: bool = True,
     stop_early: bool = False,
     saturation: float = SATURATION,
+    footprint: bool = False,
 ) -> Result:
     """Compare `compressed` with `original` on `data`; nothing of the data is held but sums and a few numbers a sample.
 
@@ -77,7 +80,8 @@ def validate(
     samples must be in random order, and what is said of the outputs then speaks of those seen.
     `saturation`: what share of an output may be lost where integer sums are cut off, here or on a CPU without VNNI
     (`validation.portable`); infinity only reports it.
-    `threads`: 1 gives the same bits every time. `latency`: also time both, for about two seconds.
+    `threads`: 1 gives the same bits every time. `latency`: also time both, for about two seconds. `footprint`: measure
+    load time and memory of both files on the CPU, each in a new process.
 
     An interrupt (Ctrl-C) ends the pass early: what was seen is reported, marked `partial`.
 
@@ -125,12 +129,14 @@ def validate(
         work.stream(shown)
         found = work.early or _scored(work, looks, name, max_drop, seed)
         timed = _timed(sessions, work.first, threads) if latency and not work.partial else None
+        loads = _footprints(original, compressed, sessions, work, threads) if footprint else None
+        unmeasured = [Finding(Verdict.PASS, (loads,))] if isinstance(loads, str) else []
         _finish(places, work, found, feeder, seed, latency)
         rows = tuple(place.row() for place in places)
         portable.score(evaluator)
     integers = portable.result(name)
     agreement = tuple(work.agreement.results())
-    findings = _findings(work, found, rows, same, data is None, bool(name))
+    findings = _findings(work, found, rows, same, data is None, bool(name)) + unmeasured
     if looks is not None:
         findings.append(Finding(Verdict.PASS, (looks.story(work.early is not None),)))
     if integers is not None and (said := judge_integers(integers)) is not None:
@@ -151,6 +157,7 @@ def validate(
         partial=work.partial,
         stopped_early=work.early is not None,
         integers=integers,
+        footprints=None if isinstance(loads, str) else loads,
     )
 
 
@@ -206,6 +213,26 @@ def _timed(sessions: tuple[Session, Session], batch: Batch | None, threads: int)
         return timing.measure(*sessions, feeds, threads=threads, batch=batch.count)
     except KeyboardInterrupt:
         return None  # the comparison is whole without it
+
+
+def _footprints(
+    original: Loadable, compressed: Loadable, sessions: tuple[Session, Session], work: Comparison, threads: int
+) -> tuple[Footprint, Footprint] | str | None:
+    """Load time and memory of two files, or why not; None where one lies in memory, or an interrupt wants no more."""
+    files = [given for given in (original, compressed) if isinstance(given, str | os.PathLike)]
+    if len(files) < 2 or work.first is None or work.partial:
+        return None
+    feeds = work.first.feeds
+    try:
+        first, second = (
+            of_file(file, feeds_for(session, feeds), threads=threads)
+            for file, session in zip(files, sessions, strict=True)
+        )
+    except KeyboardInterrupt:
+        return None
+    except (DataError, ModelError) as error:
+        return f"load time and memory were not measured: {error}"
+    return first, second
 
 
 def _check_question(
