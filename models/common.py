@@ -1,27 +1,65 @@
-"""What the three training scripts share: seeds, the digits split, and a clean ONNX file.
+"""What the three training scripts share: the digits split, training, torch's exporter, and a clean ONNX file.
 
-Run the scripts from the repository root (`python -m models.digits_cnn.make`) in an environment with
-torch==2.13.0, onnx, onnxruntime, onnxscript and scikit-learn; the project itself never imports torch.
+Run the scripts from the repository root (`python -m models.digits_gru.make`). The project itself never imports torch:
+where a script does, models/README.md says what for.
 """
 
 from __future__ import annotations
 
 import json
 import pathlib
+import tempfile
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
-import onnxscript
-import torch
+
+from onnxcompress import healing
+from onnxcompress.training.settings import Settings
+from onnxcompress.training.targets import Objective
+
+if TYPE_CHECKING:
+    import torch
 
 OPSET = 18
 
 
 def seed(value: int) -> None:
     """One seed, one thread, deterministic kernels: the same machine and versions give the same weights."""
+    import torch
+
     torch.manual_seed(value)
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
+
+
+def digits(folder: pathlib.Path, name: str, shape: tuple[int, ...]) -> dict[str, dict[str, np.ndarray]]:
+    """The parts as they lie in `folder`, made first where one is missing; images of `shape` under `name`."""
+    parts = ("train", "calib", "eval")
+    if not all((folder / f"{part}.npz").exists() for part in parts):
+        for part, (images, labels) in digits_split().items():
+            np.savez_compressed(folder / f"{part}.npz", **{name: images.reshape(-1, *shape), "y": labels})
+    return {part: dict(np.load(folder / f"{part}.npz")) for part in parts}
+
+
+def shifted(images: np.ndarray) -> np.ndarray:
+    """`images` [n, ..., height, width] moved by -1, 0 and 1 pixels either way: 9 n images, zeros where nothing was."""
+    height, width = images.shape[-2:]
+    framed = np.pad(images, [(0, 0)] * (images.ndim - 2) + [(1, 1), (1, 1)])
+    return np.concatenate([framed[..., y : y + height, x : x + width] for y in range(3) for x in range(3)])
+
+
+def train(model: onnx.ModelProto, data: dict[str, np.ndarray], settings: Settings, smoothing: float) -> onnx.ModelProto:
+    """`model` trained from random weights by this project's own loop; `data`: named as the inputs, labels `y`."""
+    with tempfile.TemporaryDirectory() as name:
+        start, samples, done = (pathlib.Path(name) / file for file in ("start.onnx", "train.npz", "done.onnx"))
+        onnx.save(model, start)
+        np.savez(samples, allow_pickle=False, **data)
+        objective = Objective(smoothing=smoothing)
+        healing.train(
+            None, start, done, data=samples, settings=settings, objective=objective, init="random", threads=1, say=print
+        )
+        return onnx.load(done)
 
 
 def digits_split() -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -41,6 +79,9 @@ def export(net: torch.nn.Module, feeds: dict[str, torch.Tensor], shapes: dict[st
 
     Only constants are folded: the exporter's whole optimizer would also fold BatchNormalization into the convolutions.
     """
+    import onnxscript
+    import torch
+
     dynamic = {name: dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for name, axes in shapes.items()}
     program = torch.onnx.export(
         net.eval(), (), kwargs=feeds, dynamo=True, optimize=False, opset_version=OPSET, verbose=False,
