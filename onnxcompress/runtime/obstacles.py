@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import io
 import os
 import pathlib
 from typing import Any
@@ -37,7 +40,16 @@ class Obstacle:
 def prepare(ort: Any, provider: str) -> None:
     """Load the libraries of `provider` that came as Python packages, which ONNX Runtime does not look for by itself."""
     if provider in NVIDIA:
+        _preload(ort)
         _missing(ort, provider)
+
+
+@functools.cache
+def _preload(ort: Any) -> None:
+    """Also those that are opened at run time only (cuFFT, NVRTC); what fails to load is seen when it is missed."""
+    if hasattr(ort, "preload_dlls"):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Exception):
+            ort.preload_dlls()
 
 
 def obstacle(ort: Any, provider: str) -> Obstacle | None:

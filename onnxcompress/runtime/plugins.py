@@ -37,7 +37,7 @@ def devices(ort: Any, provider: str) -> list[Any]:
     Raises:
         RuntimeUnavailable: its package is there, and ONNX Runtime cannot load its library.
     """
-    found = _registered(ort, provider)
+    found = registered(ort, provider)
     module = packages().get(provider) if not found and hasattr(ort, "register_execution_provider_library") else None
     if module is None:
         return found
@@ -48,7 +48,7 @@ def devices(ort: Any, provider: str) -> list[Any]:
         if "already registered" not in str(error):
             said = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
             raise RuntimeUnavailable(f"package {module} is installed, but its plugin does not load: {said}") from error
-    return _registered(ort, provider)
+    return registered(ort, provider)
 
 
 def defaults(provider: str) -> dict[str, str]:
@@ -64,18 +64,20 @@ def defaults(provider: str) -> dict[str, str]:
 
 def names(ort: Any) -> list[str]:
     """Providers that are registered as plugins, or can be."""
-    registered = [device.ep_name for device in ort.get_ep_devices()] if hasattr(ort, "get_ep_devices") else []
-    return list(dict.fromkeys([*registered, *packages()]))
+    listed = {device.ep_name for device in ort.get_ep_devices()} if hasattr(ort, "get_ep_devices") else set()
+    return list(dict.fromkeys([*(name for name in sorted(listed) if registered(ort, name)), *packages()]))
 
 
 def _x86() -> bool:
     return platform.machine().lower() in ("x86_64", "amd64")
 
 
-def _registered(ort: Any, provider: str) -> list[Any]:
+def registered(ort: Any, provider: str) -> list[Any]:
+    """Devices of `provider` as a plugin that is registered; one that is in the build comes from no library."""
     if not hasattr(ort, "get_ep_devices"):
         return []
-    return [device for device in ort.get_ep_devices() if device.ep_name == provider]
+    devices = [device for device in ort.get_ep_devices() if device.ep_name == provider]
+    return [device for device in devices if "library_path" in device.ep_metadata]
 
 
 def _names(package: Any) -> list[str]:

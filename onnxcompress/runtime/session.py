@@ -207,8 +207,8 @@ def open_session(
 def _devices(ort: Any, wanted: str) -> list[Any]:
     """The devices of a provider that is a plugin; empty for one that is in the build."""
     available = ort.get_available_providers()
-    registered = wanted in available and wanted not in plugins.packages()
-    devices = [] if registered else plugins.devices(ort, wanted)
+    built_in = wanted in available and wanted not in plugins.packages() and not plugins.registered(ort, wanted)
+    devices = [] if built_in else plugins.devices(ort, wanted)
     if not devices and wanted not in available:
         raise RuntimeUnavailable(providers.missing(wanted, available, plugin=wanted in plugins.packages()))
     return devices

@@ -27,7 +27,10 @@ class Ort:
         self._error, self._devices = error, devices
 
     def get_ep_devices(self) -> list[Any]:
-        return [types.SimpleNamespace(ep_name=name) for name, _ in self.registered for _ in range(self._devices)]
+        found = [("CPUExecutionProvider", {}), *((name, {"library_path": path}) for name, path in self.registered)]
+        return [
+            types.SimpleNamespace(ep_name=name, ep_metadata=metadata) for name, metadata in found[: 1 + self._devices]
+        ]
 
     def register_execution_provider_library(self, name: str, path: str) -> None:
         if self._error:
@@ -55,6 +58,7 @@ def test_registered_from_its_package_once() -> None:
     assert ort.registered == [("FooExecutionProvider", "/lib/libfoo.so")]
     assert plugins.names(ort) == ["FooExecutionProvider"]
     assert plugins.devices(ort, "BarExecutionProvider") == []
+    assert plugins.registered(ort, "CPUExecutionProvider") == []
     assert plugins.devices(Ort(devices=0), "FooExecutionProvider") == []
 
 
