@@ -26,6 +26,7 @@ import onnx_ir as ir
 
 from onnxcompress.encodings.recognize import constant
 from onnxcompress.model import bridge
+from onnxcompress.numerics.affine import pair_sum_bound
 
 LIMIT = 32_767
 Codes = npt.NDArray[Any]
@@ -131,11 +132,13 @@ def bounded(product: Product, real: tuple[float, float] | None = None) -> PairBo
     if product.rows is None:
         most = 2 * high * 128
         return PairBound(**common, neighbours=most, any_pair=most, channel=0, channels_at_risk=1, channels=1)
+    first = product.rows[0]
+    anyhow = pair_sum_bound(first, axis=1, activation=(low, high), neighbours=False) if first.size else None
     reach = np.max([_neighbours(rows, low, high) for rows in product.rows], axis=0)
     return PairBound(
         **common,
         neighbours=int(reach.max(initial=0)),
-        any_pair=int(_any_two(product.rows[0], low, high).max(initial=0)),
+        any_pair=max(anyhow.highest, -anyhow.lowest) if anyhow is not None else 0,
         channel=int(reach.argmax()) if reach.size else 0,
         channels_at_risk=int((reach > LIMIT).sum()),
         channels=len(reach),
@@ -285,14 +288,6 @@ def _neighbours(rows: Codes, low: int, high: int) -> npt.NDArray[np.int64]:
     most = np.add(*paired(above)).max(axis=1, initial=0)
     least = np.add(*paired(below)).min(axis=1, initial=0)
     return np.asarray(np.maximum(most, -least), np.int64)
-
-
-def _any_two(rows: Codes, low: int, high: int) -> npt.NDArray[np.int64]:
-    """Per channel, the same over any two elements."""
-    above, below = _extremes(rows, low, high)
-    if rows.shape[1] > 2:
-        above, below = -np.partition(-above, 1, axis=1)[:, :2], np.partition(below, 1, axis=1)[:, :2]
-    return np.asarray(np.maximum(above.sum(axis=1), -below.sum(axis=1)), np.int64)
 
 
 def _extremes(rows: Codes, low: int, high: int) -> tuple[Codes, Codes]:
