@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from onnxcompress.training.blocked.lowering import Lowering
 
 FLOAT = ir.DataType.FLOAT
+FEW_OUTPUTS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +138,11 @@ def _by_rows(lowering: Lowering, asked: WeightGradient, image: list[int], g: lis
     """
     b, (n, c, _, _), (_, m, high, wide) = lowering.b, image, g
     top, left, bottom, right = asked.pads or (0,) * 4
-    rows = lowering.channels_last(asked.g).reshape([n * high * wide, m])
+    few = m <= FEW_OUTPUTS and asked.kernel != (1, 1)  # then products are faster with g turned beforehand
+    if few:
+        rows = lowering.channels_first(asked.g).reshape([m, n * high * wide])
+    else:
+        rows = lowering.channels_last(asked.g).reshape([n * high * wide, m])
     seen = lowering.channels_last(asked.image)
     if any(asked.pads or ()):
         shape = (n, image[2] + top + bottom, image[3] + left + right, c)
@@ -152,7 +157,7 @@ def _by_rows(lowering: Lowering, asked: WeightGradient, image: list[int], g: lis
             ]
             whole = sizes(seen)[1:3] == [high, wide] and starts == [0, 0]
             tap = seen if whole else seen.slice([1, 2], list(starts), list(ends), asked.strides)
-            product = b.op("Gemm", rows, tap.reshape([n * high * wide, c]), transA=1, shape=(m, c))
+            product = b.op("Gemm", rows, tap.reshape([n * high * wide, c]), transA=int(not few), shape=(m, c))
             taps.append(product.reshape([m, c, 1]))
     joined = taps[0] if len(taps) == 1 else b.op("Concat", *taps, axis=2, shape=(m, c, len(taps)))
     return joined.reshape([m, c, *asked.kernel])

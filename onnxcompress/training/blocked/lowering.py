@@ -18,6 +18,7 @@ from onnxcompress.autodiff.engine import inputs_of
 from onnxcompress.autodiff.rules.convolution import WeightGradient
 from onnxcompress.autodiff.tensor import Tensor
 from onnxcompress.training.blocked import convolutions
+from onnxcompress.training.blocked.joining import join
 from onnxcompress.training.blocked.layout import DOMAIN, Layout, sizes
 
 FLOAT = ir.DataType.FLOAT
@@ -84,6 +85,7 @@ class Lowering:
         self.gone: set[ir.Value] = set()
         self.weights: dict[tuple[ir.Value, str], Tensor] = {}
         self.rows: dict[ir.Value, Tensor] = {}
+        self.standing: dict[ir.Value, ir.Value] = {}  # what took the place of a value
         self.count = 0
 
     def run(self) -> int:
@@ -104,6 +106,7 @@ class Lowering:
             self.plain(value)
         self.model.opset_imports[DOMAIN] = 1
         drop_dead(graph)
+        join(graph)
         return self.count
 
     def _move(self, node: ir.Node) -> bool:
@@ -155,6 +158,7 @@ class Lowering:
         self.gone.discard(value)
         value.replace_all_uses_with(found.value, replace_graph_outputs=True)
         value.name = f"{name}/before"
+        self.standing[value] = found.value
         found.value.name = name
 
     def enter(self, value: ir.Value) -> Tensor:
@@ -162,6 +166,11 @@ class Lowering:
         if value not in self.blocked:
             self.blocked[value] = self.layout.enter(self.b.wrap(value))
         return self.blocked[value]
+
+    def channels_first(self, value: ir.Value) -> Tensor:
+        """`value` as [C, N, H, W]."""
+        self.plain(value)
+        return self.b.wrap(self.standing.get(value, value)).transpose([1, 0, 2, 3])
 
     def channels_last(self, value: ir.Value) -> Tensor:
         """`value` as [N, H, W, C]."""
