@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from onnxcompress.api import compress as compress
     from onnxcompress.benchmarking import bench as bench
+    from onnxcompress.diagnosis import diagnose as diagnose
     from onnxcompress.inspection import inspect as inspect
     from onnxcompress.linting import lint as lint
     from onnxcompress.model.load import load as load
@@ -20,20 +21,35 @@ if TYPE_CHECKING:
     from onnxcompress.model.weights import weights as weights
     from onnxcompress.recipe import Recipe as Recipe
     from onnxcompress.validation.validate import validate as validate
+    from onnxcompress.verification import verify as verify
 
 _WHERE = {
     "Recipe": "onnxcompress.recipe",
     "bench": "onnxcompress.benchmarking",
     "compress": "onnxcompress.api",
+    "diagnose": "onnxcompress.diagnosis",
     "inspect": "onnxcompress.inspection",
     "lint": "onnxcompress.linting",
     "load": "onnxcompress.model.load",
     "save": "onnxcompress.model.save",
     "validate": "onnxcompress.validation.validate",
+    "verify": "onnxcompress.verification",
     "weights": "onnxcompress.model.weights",
 }
 
-__all__ = ["Recipe", "bench", "compress", "inspect", "lint", "load", "save", "validate", "weights"]
+__all__ = [
+    "Recipe",
+    "bench",
+    "compress",
+    "diagnose",
+    "inspect",
+    "lint",
+    "load",
+    "save",
+    "validate",
+    "verify",
+    "weights",
+]
 
 
 def __getattr__(name: str) -> Any:

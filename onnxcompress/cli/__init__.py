@@ -18,6 +18,8 @@ COMMANDS = {
     "distill": "heal a compressed model: train it to give the original's outputs",
     "train": "train a model on labels, from where it stands or from scratch",
     "validate": "compare a compressed model with its original",
+    "verify": "prove from the file alone what its weights have become of the parent's",
+    "diagnose": "which layer of a compressed model is to blame",
     "lint": "what a deployment target would refuse, run slowly or compute differently",
     "doctor": "what this machine can run, what is missing, and what mends it",
     "bench": "latency, throughput, load time and memory of models, side by side",

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from onnxcompress.linting.finding import Finding, Linted
-from onnxcompress.linting.lint import lint
+from onnxcompress.linting.linter import lint
 
 __all__ = ["Finding", "Linted", "lint"]

@@ -45,7 +45,7 @@ def quantized(
     weight = np.ones((8, 8), I8) if weight is None else weight
     name = weight.dtype.name
     stored = [*tensors(sx=scale, zx=zero, sw=weight_scale), numpy_helper.from_array(weight, "qw")]
-    attributes = {"axis": weight_axis, **({"block_size": block} if block else {})}
+    attributes: dict[str, Any] = {"axis": weight_axis, **({"block_size": block} if block else {})}
     nodes = []
     if activation:
         nodes += [node("QuantizeLinear", ["x", "sx", "zx"], ["qx"], name="q"),
