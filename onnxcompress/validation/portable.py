@@ -213,8 +213,8 @@ def judge_integers(found: Integers) -> Finding | None:
 
 _NOT_RUN = "what this CPU does was not seen: ONNX Runtime cannot run the model with exact sums"
 _MEND = (
-    "quantize again with a reduced weight range (--target portable; reduce_range in other tools), or allow it where every "
-    "CPU has VNNI (--saturation inf)"
+    "quantize again with a reduced weight range (--target portable; reduce_range in other tools), or allow it where "
+    "every CPU has VNNI (--saturation inf)"
 )
 
 
