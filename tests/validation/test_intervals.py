@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnxcompress.validation.intervals import (
+    _stretch,
     bootstrap_bounds,
     rule_of_three,
     samples_needed,
@@ -116,6 +117,24 @@ def test_bootstrap_covers_a_mean() -> None:
         missed += bootstrap_bounds(mean_of(values), 60, seed=trial, resamples=400)[1] < 1.0
     # 5 % in theory; BCa on 60 skewed samples still misses a little more often, the plain percentile 9 %.
     assert missed / 300 <= 0.10
+
+
+def test_heavy_tails_stretch_the_bound() -> None:
+    generator = np.random.default_rng(8)
+    light = generator.standard_normal(100)
+    heavy = np.sign(light) * generator.pareto(2.5, 100)
+    reach = {}
+    for name, values in (("light", light), ("heavy", heavy)):
+        upper = bootstrap_bounds(mean_of(values), 100, seed=1, alpha=0.01)[1]
+        reach[name] = (upper - values.mean()) / (values.std() / 10)
+    # z = 2.326; with the kurtosis of a normal Student's t of 100 degrees of freedom, 2.364.
+    assert reach["light"] == pytest.approx(2.364, rel=0.08)
+    kurtosis = float(((heavy - heavy.mean()) ** 4).mean() / heavy.var() ** 2)
+    freedom = 2 * 100 / (kurtosis - 1)
+    assert _stretch(2.326348, 100) == pytest.approx(2.364217 / 2.326348, abs=1e-4)
+    assert _stretch(2.326348, 10) == pytest.approx(2.763769 / 2.326348, abs=5e-3)
+    assert 5 < freedom < 40
+    assert reach["heavy"] > 1.05 * reach["light"]
 
 
 def test_bootstrap_of_a_constant_or_undefined_statistic() -> None:

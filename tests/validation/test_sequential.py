@@ -76,6 +76,20 @@ def test_no_more_is_accepted_falsely() -> None:
     assert used / repetitions < 1600
 
 
+def test_a_bootstrap_is_not_looked_at_early() -> None:
+    generator = np.random.default_rng(2)
+    loss = generator.gamma(2, 1, 2000)
+    looks, sides = Sequential("mse", 2000, 0.05), (loss, loss * generator.normal(1.0, 0.01, 2000))
+    for seen in (125, 250, 500):
+        assert looks.due(seen)
+        n = seen
+        found = looks.look(lambda: (Samples.of(sides[0][:n]), Samples.of(sides[1][:n])))  # noqa: B023
+        assert (found is not None) == (seen == 500)
+    assert found is not None
+    assert (found.method, [look.n for look in found.looks]) == ("bootstrap", [500])
+    assert found.looks[0].level == pytest.approx(spent(0.25))  # what the looks not taken would have spent is in it
+
+
 def test_order() -> None:
     generator = np.random.default_rng(1)
     labels = generator.integers(0, 10, 1000)
