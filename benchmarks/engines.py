@@ -4,14 +4,14 @@
     python benchmarks/engines.py --python openvino=/path/to/python --python qnn=/path/to/python
     ONNXCOMPRESS_ZOO=/path python benchmarks/engines.py ...     # further models: folders with model.onnx and feeds.npz
 
-Compresses each model in three ways, and holds each form to its original on the first --samples samples, by a metric
+Compresses each model in four ways, and holds each form to its original on the first --samples samples, by a metric
 with a budget (--max-drop), on these engines:
 
 - cpu: onnxruntime's CPU provider, as everyone runs it;
 - exact: the same with integer sums that cannot saturate (session.x64quantprecision; where onnxruntime cannot run the
   model so, Q/DQ in float);
 - openvino: onnxruntime-openvino, which overwrites onnxruntime and so needs an interpreter of its own;
-- qnn: the HTP simulator of onnxruntime-qnn on x86 (shapes are fixed for it).
+- qnn: the HTP simulator of onnxruntime-qnn on x86.
 
 An interpreter given by --python needs the provider's wheel, numpy, and this project's dependencies; the project itself
 is taken from here. Without --python, an engine that this interpreter lacks is told as not run. Prints a row an engine,
@@ -34,7 +34,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-import onnx
 
 import onnxcompress as oc
 from onnxcompress.data.source import open_data
@@ -57,7 +56,6 @@ FORMS: dict[str, list[Any]] = {
     "pruned": [{"magnitude-pruning": {"sparsity": 0.3, "storage": "sparse"}}],
 }
 FLOAT_QDQ = {"session.disable_quant_qdq": "1"}
-BATCH = 16  # of the fixed shapes
 ENGINES = ("cpu", "exact", "openvino", "qnn")
 
 
@@ -105,21 +103,6 @@ def _top1(model: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
     return np.concatenate(found)
 
 
-def fixed(model: pathlib.Path, data: pathlib.Path, out: pathlib.Path) -> pathlib.Path:
-    """A copy whose inputs have the shapes of `data`, in batches of `BATCH` where the model leaves that open."""
-    proto = onnx.load(model)
-    with np.load(data) as arrays:
-        for value in proto.graph.input:
-            if value.name not in arrays.files:
-                continue
-            sizes = (BATCH, *arrays[value.name].shape[1:])
-            for dim, size in zip(value.type.tensor_type.shape.dim, sizes, strict=True):
-                if not dim.dim_value:
-                    dim.dim_value = size
-    onnx.save(proto, out)
-    return out
-
-
 def on_cpu(task: Task, form: pathlib.Path, given: argparse.Namespace) -> Said:
     """The default CPU provider of this interpreter."""
     done = oc.validate(
@@ -156,13 +139,9 @@ def elsewhere(
     engine: str, python: str, task: Task, form: pathlib.Path, given: argparse.Namespace, work: pathlib.Path
 ) -> Said:
     """Another provider, by `validate` in its interpreter."""
-    original = task.model
-    if engine == "qnn":
-        original = fixed(task.model, task.data, work / "original-fixed.onnx")
-        form = fixed(form, task.data, work / "form-fixed.onnx")
     report = work / "report.json"
     report.unlink(missing_ok=True)
-    command = [python, "-m", "onnxcompress", "validate", original, form, "--data", task.data, "--metric", "accuracy"]
+    command = [python, "-m", "onnxcompress", "validate", task.model, form, "--data", task.data, "--metric", "accuracy"]
     command += ["--max-drop", str(given.max_drop), "--limit", str(given.samples), "--provider", engine, "-q"]
     environment = {**os.environ, "PYTHONPATH": os.fspath(ROOT), "OMP_NUM_THREADS": "1"}
     try:

@@ -9,7 +9,6 @@ import sys
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 
 from tests.house import ROOT, two_layers
@@ -64,9 +63,3 @@ def test_an_engine_that_differs_is_named(
     assert "DIFFERS from cpu (PASS): qnn: FAIL (1.0000 -> 0.5000" in capsys.readouterr().out
     assert engines._verdict({**score, "bound": 0.1}) == "PASS"
     assert engines._verdict({**score, "lower": 0.05}) == "INCONCLUSIVE"
-
-
-def test_shapes_are_fixed_by_the_data(engines: Any, task: Any, tmp_path: pathlib.Path) -> None:
-    found = onnx.load(engines.fixed(task.model, task.data, tmp_path / "f.onnx"))
-    sizes = [dim.dim_value for dim in found.graph.input[0].type.tensor_type.shape.dim]
-    assert sizes == [engines.BATCH, 16]
