@@ -40,7 +40,8 @@ class Comparison:
         self.agreement = Agreement()
         self.first: Batch | None = None
         self.seen = self.calls = 0
-        self.partial = False
+        self.partial = False  # not all samples were seen
+        self.cut = False  # what follows on the pass was interrupted
         self.early: Score | None = None  # what decided before all samples were seen
 
     def stream(self, progress: Progress) -> None:

@@ -58,7 +58,7 @@ class Size:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One validation. `inputs`: data or synthetic. `partial`: interrupted, so it speaks of fewer samples than asked.
+    """One validation. `inputs`: data or synthetic. `partial`: interrupted, so it tells less than was asked.
 
     `integers`: how far the compressed model's answers depend on the machine; None where it computes with floats alone.
     `footprints`: load time and memory of both in new processes, where that was asked for and both are files.

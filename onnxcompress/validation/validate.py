@@ -83,7 +83,7 @@ def validate(
     `threads`: 1 gives the same bits every time. `latency`: also time both, for about two seconds. `footprint`: measure
     load time and memory of both files on the CPU, each in a new process.
 
-    An interrupt (Ctrl-C) ends the pass early: what was seen is reported, marked `partial`.
+    An interrupt (Ctrl-C) ends it early: what was measured so far is reported, marked `partial`.
 
     Raises:
         ModelError: a model cannot be loaded or run, or their inputs and outputs differ.
@@ -127,13 +127,17 @@ def validate(
         work = Comparison(sessions, places, feeder, evaluator, limit, looks, portable)
         shown = progress or Silent()
         work.stream(shown)
-        found = work.early or _scored(work, looks, name, max_drop, seed)
-        timed = _timed(sessions, work.first, threads) if latency and not work.partial else None
-        loads = _footprints(original, compressed, sessions, work, threads) if footprint else None
+        found, timed, loads = work.early, None, None
+        try:
+            found = found or _scored(work, looks, name, max_drop, seed)
+            timed = _timed(sessions, work.first, threads) if latency and not work.partial else None
+            loads = _footprints(original, compressed, sessions, work, threads) if footprint else None
+            _finish(places, work, found, feeder, seed, latency)
+            portable.score(evaluator)
+        except KeyboardInterrupt:
+            work.cut = True
         unmeasured = [Finding(Verdict.PASS, (loads,))] if isinstance(loads, str) else []
-        _finish(places, work, found, feeder, seed, latency)
         rows = tuple(place.row() for place in places)
-        portable.score(evaluator)
     integers = portable.result(name)
     agreement = tuple(work.agreement.results())
     findings = _findings(work, found, rows, same, data is None, bool(name)) + unmeasured
@@ -154,7 +158,7 @@ def validate(
         calls=work.calls,
         inputs="synthetic" if data is None else "data",
         same_bytes=same,
-        partial=work.partial,
+        partial=work.partial or work.cut,
         stopped_early=work.early is not None,
         integers=integers,
         footprints=None if isinstance(loads, str) else loads,
@@ -209,16 +213,13 @@ def _timed(sessions: tuple[Session, Session], batch: Batch | None, threads: int)
     if batch is None:
         return None
     feeds = (feeds_for(sessions[0], batch.feeds), feeds_for(sessions[1], batch.feeds))
-    try:
-        return timing.measure(*sessions, feeds, threads=threads, batch=batch.count)
-    except KeyboardInterrupt:
-        return None  # the comparison is whole without it
+    return timing.measure(*sessions, feeds, threads=threads, batch=batch.count)
 
 
 def _footprints(
     original: Loadable, compressed: Loadable, sessions: tuple[Session, Session], work: Comparison, threads: int
 ) -> tuple[Footprint, Footprint] | str | None:
-    """Load time and memory of two files, or why not; None where one lies in memory, or an interrupt wants no more."""
+    """Load time and memory of two files, or why not; None where one lies in memory, or after an interrupt."""
     files = [given for given in (original, compressed) if isinstance(given, str | os.PathLike)]
     if len(files) < 2 or work.first is None or work.partial:
         return None
@@ -228,8 +229,6 @@ def _footprints(
             of_file(file, feeds_for(session, feeds), threads=threads)
             for file, session in zip(files, sessions, strict=True)
         )
-    except KeyboardInterrupt:
-        return None
     except (DataError, ModelError) as error:
         return f"load time and memory were not measured: {error}"
     return first, second
@@ -315,6 +314,9 @@ def _findings(
     if work.partial:
         reason = f"interrupted after {work.seen:,} samples: this result speaks of those alone"
         findings.append(Finding(Verdict.INCONCLUSIVE, (reason,)))
+    if work.cut:
+        reason = "interrupted after all samples were compared: what follows on that was not all measured"
+        findings.append(Finding(Verdict.PASS, (reason,)))
     if metric and found is None:
         findings.append(Finding(Verdict.INCONCLUSIVE, ("the metric was not computed",)))
     if synthetic:

@@ -274,6 +274,21 @@ def test_interrupt_leaves_a_marked_result(task: dict[str, Any]) -> None:
     assert found.to_json()["partial"] is True
 
 
+@pytest.mark.parametrize("place", ["timing.measure", "score"])
+def test_a_late_interrupt_keeps_the_comparison(
+    task: dict[str, Any], monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    def interrupted(*given: Any, **rest: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"onnxcompress.validation.validate.{place}", interrupted)
+    found = validate(task["good"], task["near"], data=task["data"], metric="accuracy", max_drop=0.01)
+    assert (found.partial, found.samples, found.latency) == (True, 1200, None)
+    assert any("interrupted after all samples" in reason for reason in found.reasons)
+    scored = place != "score"
+    assert (found.score is not None, found.verdict is Verdict.PASS) == (scored, scored)
+
+
 def test_one_pass_over_the_data(task: dict[str, Any]) -> None:
     passes = 0
 
