@@ -11,6 +11,7 @@ import onnx_ir as ir
 import pytest
 
 from onnxcompress.autodiff.engine import gradients
+from onnxcompress.model.bridge import clone
 from onnxcompress.runtime.session import open_session
 from onnxcompress.training.blocked import block_size, lower
 from tests.builders import floats, graph, info, model, node, tensors
@@ -38,9 +39,12 @@ def check(nodes: Sequence[onnx.NodeProto], image: Sequence[int], moved: int, **a
     plain, names = graded(nodes, image, **arrays)
     with open_session(plain) as session:
         truth = list(session.run(feeds).values())
-    blocked, _ = graded(nodes, image, **arrays)
+    blocked = clone(graded(nodes, image, **arrays)[0])  # as the runner does, which keeps the plain one
     assert lower(blocked, {name: array.shape for name, array in feeds.items()}, BLOCK) == moved
     assert [value.name for value in blocked.graph.outputs] == names
+    if moved:  # every product of a weight's gradient was written anew
+        products = [str(n.name) for n in blocked.graph if n.op_type in ("Gemm", "MatMul")]
+        assert all("/blocked/" in name for name in products)
     with open_session(blocked) as session:
         found = list(session.run(feeds).values())
     for name, a, b in zip(names, truth, found, strict=True):

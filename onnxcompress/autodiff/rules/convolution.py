@@ -6,8 +6,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-import onnx_ir as ir
-
 from onnxcompress.autodiff.rule import Context, Grads, rule
 from onnxcompress.autodiff.rules.windows import Window, kernel_of
 from onnxcompress.autodiff.tensor import Size, Tensor
@@ -17,14 +15,15 @@ Formulation = Callable[[Window, Tensor, Tensor, int, Tensor], Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class WeightGradient:
-    """What a weight's gradient is, left under `KEY` in the `meta` of the node that gives it, for who knows a faster way.
+    """What a weight's gradient is, left under `KEY` in the `meta` of the node that gives it, for a faster form.
 
-    dW [M, C/G, ...]: the windows over `image` [N, C, ...] that give the results whose gradient is `g` [N, M, ...].
+    dW [M, C/G, ...]: the windows over `image` [N, C, ...] that give the results whose gradient is `g` [N, M, ...]; both
+    are names, so that a copy of the graph can be asked.
     """
 
     KEY: ClassVar[str] = "gradient of a convolution's weight"
-    image: ir.Value
-    g: ir.Value
+    image: str
+    g: str
     group: int
     kernel: tuple[int, ...]
     strides: tuple[int, ...]
@@ -139,7 +138,13 @@ def weight_gradient(window: Window, image: Tensor, g: Tensor, group: int, w: Ten
     found = by_taps(window, image, g, group, w)
     pads = None if window.pads is None else tuple(window.pads)
     form = WeightGradient(
-        image.value, g.value, group, tuple(window.kernel), tuple(window.strides), tuple(window.dilations), pads
+        str(image.value.name),
+        str(g.value.name),
+        group,
+        tuple(window.kernel),
+        tuple(window.strides),
+        tuple(window.dilations),
+        pads,
     )
     producer = found.value.producer()
     if producer is not None:

@@ -119,31 +119,33 @@ def conv_transpose(lowering: Lowering, node: ir.Node) -> Tensor | None:
 
 def weight_gradient(lowering: Lowering, asked: WeightGradient) -> Tensor | None:
     """dW [M, C/G, h, w] from blocked images."""
-    image, g = _known(asked.image), _known(asked.g)
-    if image is None or g is None or len(image) != 4 or asked.pads is None or min(asked.pads) < 0:
+    x, dy = lowering.named.get(asked.image), lowering.named.get(asked.g)
+    if x is None or dy is None or x.dtype != FLOAT or dy.dtype != FLOAT or asked.pads is None or min(asked.pads) < 0:
         return None
-    if asked.image.dtype != FLOAT or asked.g.dtype != FLOAT:
+    image, g = _known(x), _known(dy)
+    if image is None or g is None or len(image) != 4:
         return None
     if asked.group == 1:
-        return _by_rows(lowering, asked, image, g)
+        return _by_rows(lowering, asked, x, dy)
     if asked.group == image[1] == g[1]:
-        return _depthwise_gradient(lowering, asked, image, g)
+        return _depthwise_gradient(lowering, asked, x, dy)
     return None
 
 
-def _by_rows(lowering: Lowering, asked: WeightGradient, image: list[int], g: list[int]) -> Tensor:
+def _by_rows(lowering: Lowering, asked: WeightGradient, x: ir.Value, dy: ir.Value) -> Tensor:
     """One product a kernel element: g [N L, M] transposed times what that element sees [N L, C].
 
     With channels last, what an element sees is cut out in whole rows of the image.
     """
-    b, (n, c, _, _), (_, m, high, wide) = lowering.b, image, g
+    b, image, g = lowering.b, _known(x) or [], _known(dy) or []
+    (n, c, _, _), (_, m, high, wide) = image, g
     top, left, bottom, right = asked.pads or (0,) * 4
     few = m <= FEW_OUTPUTS and asked.kernel != (1, 1)  # then products are faster with g turned beforehand
     if few:
-        rows = lowering.channels_first(asked.g).reshape([m, n * high * wide])
+        rows = lowering.channels_first(dy).reshape([m, n * high * wide])
     else:
-        rows = lowering.channels_last(asked.g).reshape([n * high * wide, m])
-    seen = lowering.channels_last(asked.image)
+        rows = lowering.channels_last(dy).reshape([n * high * wide, m])
+    seen = lowering.channels_last(x)
     if any(asked.pads or ()):
         shape = (n, image[2] + top + bottom, image[3] + left + right, c)
         seen = b.op("Pad", seen, b.ints([0, top, left, 0, 0, bottom, right, 0]), shape=shape)
@@ -163,21 +165,22 @@ def _by_rows(lowering: Lowering, asked: WeightGradient, image: list[int], g: lis
     return joined.reshape([m, c, *asked.kernel])
 
 
-def _depthwise_gradient(lowering: Lowering, asked: WeightGradient, image: list[int], g: list[int]) -> Tensor | None:
+def _depthwise_gradient(lowering: Lowering, asked: WeightGradient, x: ir.Value, dy: ir.Value) -> Tensor:
     """A depthwise convolution of every channel of every sample by its own gradient, then the sum over the samples."""
     layout, b = lowering.layout, lowering.b
+    image, g = _known(x) or [], _known(dy) or []
     n, c, size = image[0], layout.padded(image[1]), layout.size
     top, left, bottom, right = asked.pads or (0,) * 4
     room = [
         (image[2] + top + bottom - ((g[2] - 1) * asked.strides[0] + 1)) // asked.dilations[0] + 1,
         (image[3] + left + right - ((g[3] - 1) * asked.strides[1] + 1)) // asked.dilations[1] + 1,
     ]
-    x = lowering.enter(asked.image).reshape([1, n * c, image[2], image[3]])
-    kernels = lowering.enter(asked.g).reshape([n * c, 1, g[2], g[3]])
+    images = lowering.enter(x).reshape([1, n * c, image[2], image[3]])
+    kernels = lowering.enter(dy).reshape([n * c, 1, g[2], g[3]])
     found = blocked_node(
         b,
         "Conv",
-        x,
+        images,
         kernels,
         shape=(1, n * c, *room),
         group=n * c,

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from onnxcompress.autodiff.builder import Builder
-from onnxcompress.autodiff.engine import inputs_of
+from onnxcompress.autodiff.engine import inputs_of, named
 from onnxcompress.autodiff.rules.convolution import WeightGradient
 from onnxcompress.autodiff.tensor import Tensor
 from onnxcompress.training.blocked import convolutions
@@ -81,6 +81,7 @@ class Lowering:
         self.graph = model.graph
         self.b = Builder(model.graph, model.opset_imports[""])
         self.layout = Layout(self.b, block)
+        self.named = named(model.graph)
         self.blocked: dict[ir.Value, Tensor] = {}
         self.gone: set[ir.Value] = set()
         self.weights: dict[tuple[ir.Value, str], Tensor] = {}
