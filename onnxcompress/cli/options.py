@@ -33,15 +33,19 @@ def stack(*options: Callable[[F], F]) -> Callable[[F], F]:
     return decorate
 
 
-common_options = stack(
-    click.option("--json", "json_file", type=MODEL, metavar="FILE", help="write the full report here"),
-    click.option("--seed", type=click.IntRange(min=0), help="for everything random  [default: 0]"),
-    click.option(
-        "--threads", type=click.IntRange(min=1), default=1, show_default=True, help="the result does not depend on it"
-    ),
-    click.option("-q", "--quiet", is_flag=True, help="print errors alone"),
-    click.option("-v", "--verbose", is_flag=True, help="print every weight that was touched or left"),
-)
+def _common(threads: int | None, told: str) -> Callable[[F], F]:
+    """What all commands take; `threads`: how many where none are named."""
+    of_threads = f"the result does not depend on it  [default: {told}]"
+    return stack(
+        click.option("--json", "json_file", type=MODEL, metavar="FILE", help="write the full report here"),
+        click.option("--seed", type=click.IntRange(min=0), help="for everything random  [default: 0]"),
+        click.option("--threads", type=click.IntRange(min=1), default=threads, help=of_threads),
+        click.option("-q", "--quiet", is_flag=True, help="print errors alone"),
+        click.option("-v", "--verbose", is_flag=True, help="print every weight that was touched or left"),
+    )
+
+
+common_options = _common(1, "1")
 
 reading_options = stack(
     click.option("--labels", metavar="KEY", help="array that holds the labels  [default: y]"),
@@ -79,7 +83,7 @@ def training_options(kind: type[Pass]) -> Callable[[F], F]:
         resume_option,
         select_options,
         reading_options,
-        common_options,
+        _common(None, "as many as there are"),
     )
 
 
