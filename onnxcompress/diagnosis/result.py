@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
-STANDS_OUT = 2.5  # times the error that a layer's integers and codebooks explain
+STANDS_OUT = 4.0  # times the error that a layer's integers and codebooks explain
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,6 +26,8 @@ FLOAT_OF = {
 }  # fmt: skip
 # What integer products and looked-up integer rows need around them: scales, biases, the scales of rows.
 AROUND_INTEGERS = Counter({"Mul": 99, "Add": 99, "Gather": 99})
+# What the version converter puts around operators that work on other axes in another opset.
+AROUND_A_LIFT = Counter({"Reshape": 99, "Flatten": 99, "Shape": 99, "Squeeze": 99, "Unsqueeze": 99})
 
 
 @dataclasses.dataclass
@@ -142,7 +144,7 @@ def compare(parent: Anatomy, out: Anatomy, folded: Mapping[str, str], gone: Mapp
         if name in folded and before.operators["BatchNormalization"] > after.operators["BatchNormalization"]:
             before.operators["BatchNormalization"] -= 1
             before.weights = before.weights - gone.get(name, set()) | {f"{name.rpartition('/')[2]}.bias"}
-        problems += _differences(name, before, after)
+        problems += _differences(name, before, after, Counter() if same_opset else AROUND_A_LIFT)
         if same_opset and not problems_of(problems, name):
             problems += _inputs(name, parent, out, common)
     return problems
@@ -165,7 +167,7 @@ def _ports(parent: ir.Model, out: ir.Model) -> list[Problem]:
     return problems
 
 
-def _differences(name: str, before: Made, after: Made) -> list[Problem]:
+def _differences(name: str, before: Made, after: Made, around: Counter[str]) -> list[Problem]:
     said = []
     lost, new = before.weights - after.weights, after.weights - before.weights
     if lost:
@@ -178,6 +180,7 @@ def _differences(name: str, before: Made, after: Made) -> list[Problem]:
     if before.operators["Gemm"] and after.integers and not after.operators["Gemm"]:
         after.operators["Gemm"], after.operators["MatMul"] = after.operators["MatMul"], 0
     lost_ops, new_ops = before.operators - after.operators, after.operators - before.operators
+    new_ops -= around
     if after.integers:
         new_ops -= AROUND_INTEGERS
     if lost_ops or new_ops:
