@@ -56,6 +56,8 @@ def choose(
         found = [target for target in found if target.labels is not None]
         if not found:
             raise DataError("training without a teacher needs labels: an array `y` in the data, or --labels KEY")
+        if all(target.is_indexed and np.all(target.labels == IGNORED) for target in found):
+            raise DataError(f"every label is {IGNORED}, which leaves a sample out: there is nothing to learn")
     return found
 
 

@@ -63,9 +63,10 @@ def distill(
     mine = heads.chosen(heads.heads(student), settings.outputs, "the student")
     pairs = [(head, head) for head in mine]
     if original is not None:
-        pairs = heads.pairs(mine, heads.heads(original))
+        pairs = heads.pairs(mine, heads.heads(original), settings.outputs)
+    alone = [head.output for head in mine if all(head is not paired for paired, _ in pairs)]
     pairs += heads.features(objective.features, student, original)
-    size = matching.fixed_batch(student) or matching.fixed_batch(original)
+    size = matching.batch_of(student, original, all_samples.count)
     with contextlib.ExitStack() as stack:
         source = original if original is not None else student
         guide = stack.enter_context(
@@ -86,17 +87,17 @@ def distill(
             learn_scales=settings.learn_scales,
             restate=keeping if settings.sparsity is None else restated(keeping),
         )
-        if graph.running and size == 1:
-            raise PassError(
-                "BatchNormalization cannot be trained on a batch that is fixed to 1 sample: free the batch, or keep "
-                "its statistics frozen"
-            )
+        unit = size or 1
+        batch = max(min(settings.batch, all_samples.count) // unit, 1) * unit
+        if graph.running and (size == 1 or batch == 1):
+            why = "a batch that is fixed to 1 sample: free the batch" if size == 1 else "batches of 1 sample: take more"
+            raise PassError(f"BatchNormalization cannot be trained on {why}, or keep its statistics frozen")
         chosen = feeding.cached(chosen, pairs, guide, all_samples, size or settings.batch, conditions)
         feeder = Feeder(chosen, {s.output: t.output for s, t in pairs}, guide, all_samples)
         whole = bool(graph.running) or conditions.provider != "cpu"  # statistics of a batch are of all of it
         plan = Plan(
             settings.epochs,
-            max(settings.batch, size or 1) // (size or 1) * (size or 1),
+            batch,
             size or (settings.batch if whole else samples.call_size(settings.batch)),
             settings.seed,
             settings.patience,
@@ -104,7 +105,9 @@ def distill(
         )
         total = plan.steps(all_samples) * plan.epochs
         schedule = Schedule(settings.peak, total, settings.schedule, settings.warmup)
-        runner = stack.enter_context(Runner(graph, provider=conditions.provider, threads=conditions.threads))
+        runner = stack.enter_context(
+            Runner(graph, provider=conditions.provider, threads=conditions.threads, same_shapes=not all_samples.groups)
+        )
         average = gradual = None
         if settings.ema is not None:
             average = Average(graph, runner, settings.ema, conditions.provider, conditions.threads)
@@ -140,4 +143,5 @@ def distill(
         )
         values = loop.run(resume=conditions.resume)
     losses = {target.head.output: told(target, objective) for target in chosen}
-    return Trained(graph.trained(values), history, graph.left, losses, total)
+    losses |= dict.fromkeys(alone, "not learned, the teacher has no such output")
+    return Trained(graph.trained(values), history, graph.left, losses, loop.steps)

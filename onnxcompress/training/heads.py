@@ -56,15 +56,13 @@ def _behind(output: ir.Value, opset: int) -> Head | None:
         elif node.op_type not in _PASS_ON:
             break
         value = node.inputs[0]
-    if value is output and isinstance(output.type, ir.TensorType) and output.dtype not in _FLOATS:
-        return None
-    if not isinstance(output.type, ir.TensorType) and kind == "values":
-        return None
+    if kind == "values" and not (isinstance(output.type, ir.TensorType) and output.dtype in _FLOATS):
+        return None  # labels, counts: nothing says what they were made from
     return Head(output.name or "", value.name or "", kind, axis)  # type: ignore[arg-type]
 
 
 def chosen(found: Sequence[Head], wanted: Sequence[str], model: str) -> list[Head]:
-    """The heads of the outputs named in `wanted`; all of them where none is named.
+    """The heads of the outputs that `wanted` names ("OUTPUT" or "OUTPUT=TEACHER'S"); all of them where none is named.
 
     Raises:
         ModelError: there is no such output, or none that can be learned.
@@ -73,11 +71,18 @@ def chosen(found: Sequence[Head], wanted: Sequence[str], model: str) -> list[Hea
         raise ModelError(f"{model}: has no output that can be learned (no float tensor, and no logits behind any)")
     if not wanted:
         return list(found)
-    named = {name: head for head in found for name in (head.output, head.logits)}
-    for name in wanted:
-        if name not in named:
-            raise ModelError(f"{model}: --output {name}: has no such output, only {', '.join(h.output for h in found)}")
-    return [named[name] for name in wanted]
+    return [_named(found, text.partition("=")[0], f"{model}: --output {text}") for text in wanted]
+
+
+def _named(found: Sequence[Head], name: str, where: str) -> Head:
+    head = next((head for head in found if name in (head.output, head.logits)), None)
+    if head is None:
+        raise ModelError(f"{where}: has no such output, only {', '.join(_outputs(found))}")
+    return head
+
+
+def _outputs(found: Sequence[Head]) -> list[str]:
+    return [head.output for head in found]
 
 
 def features(wanted: Sequence[str], student: ir.Model, teacher: ir.Model | None) -> list[tuple[Head, Head]]:
@@ -105,19 +110,27 @@ def _require(text: str, name: str, model: ir.Model, what: str) -> None:
         raise ModelError(f"--feature {text}: {what} has no tensor {name!r} that an operator of its main graph computes")
 
 
-def pairs(student: Sequence[Head], teacher: Sequence[Head]) -> list[tuple[Head, Head]]:
-    """Each head of the student with the teacher's of the same name, or, where no names agree, of the same place.
+def pairs(student: Sequence[Head], teacher: Sequence[Head], wanted: Sequence[str] = ()) -> list[tuple[Head, Head]]:
+    """Each head of the student with the teacher's that `wanted` gives it ("STUDENT=TEACHER"), else with that of the same
+    name, or, where no names agree, of the same place. Heads that have none are left out, unless `wanted` names them.
 
     Raises:
-        ModelError: names do not agree and the numbers differ.
+        ModelError: they do not pair.
     """
+    told = {mine: theirs for mine, sign, theirs in (text.partition("=") for text in wanted) if sign}
     by_name = {head.output: head for head in teacher}
-    same = [(head, by_name[head.output]) for head in student if head.output in by_name]
-    if same:
-        return same
-    if len(student) == len(teacher):
+    found = []
+    for head in student:
+        theirs = told.get(head.output, told.get(head.logits))
+        if theirs is not None:
+            found.append((head, _named(teacher, theirs, f"the teacher: --output {head.output}={theirs}")))
+        elif head.output in by_name:
+            found.append((head, by_name[head.output]))
+    if len(found) == len(student) or (found and not wanted):
+        return found
+    if not found and len(student) == len(teacher):
         return list(zip(student, teacher, strict=True))
     raise ModelError(
-        f"the student's outputs ({', '.join(h.output for h in student)}) and the teacher's "
-        f"({', '.join(h.output for h in teacher)}) do not pair; name them with --output"
+        f"the student's outputs ({', '.join(_outputs(student))}) and the teacher's ({', '.join(_outputs(teacher))}) do "
+        "not pair; name them with --output STUDENT=TEACHER"
     )

@@ -102,6 +102,11 @@ class Loop:
         self._progress.done()
         return self._at.best or self._values()
 
+    @property
+    def steps(self) -> int:
+        """Updates done."""
+        return self._at.step
+
     def _epoch(self, epoch: int, per_epoch: int) -> None:
         began = saved = time.monotonic()
         order = self._samples.order(self._plan.seed, epoch)

@@ -83,12 +83,39 @@ def check_inputs(original: ir.Model, data: Data) -> None:
             )
 
 
+def batch_of(student: ir.Model, teacher: ir.Model | None, count: int) -> int | None:
+    """How many of `count` samples every call takes, None where it may take any number.
+
+    Raises:
+        ModelError: student and teacher are fixed to different numbers.
+        DataError: there are fewer samples, or a model has no axis along which samples lie.
+    """
+    mine, theirs = fixed_batch(student), fixed_batch(teacher)
+    if mine and theirs and mine != theirs:
+        raise ModelError(
+            f"the student takes {mine} samples a call, the teacher {theirs}: they do not fit; free the batch of one"
+        )
+    size = mine or theirs
+    if size and count < size:
+        raise DataError(f"data: holds {count} samples, and the model takes {size} a call")
+    return size
+
+
 def fixed_batch(model: ir.Model | None) -> int | None:
-    """The fixed first axis of a model's inputs, None where it is free."""
+    """The fixed first axis of a model's inputs, None where it is free.
+
+    Raises:
+        DataError: inputs do not agree on it.
+    """
     if model is None:
         return None
-    firsts = [spec.shape[0] for spec in input_specs(model) if spec.shape]
-    sizes = {dim for dim in firsts if isinstance(dim, int)}
-    if len(sizes) > 1:
-        raise DataError("inputs with different fixed first axes cannot be trained in batches")
+    firsts = {spec.name: spec.shape[0] for spec in input_specs(model) if spec.shape}
+    fixed = {name: dim for name, dim in firsts.items() if isinstance(dim, int)}
+    sizes = set(fixed.values())
+    if len(sizes) > 1 or (len(fixed) < len(firsts) and max(sizes, default=1) > 1):
+        told = ", ".join(f"{name!r} {firsts[name] if name in fixed else 'any number'}" for name in firsts)
+        raise DataError(
+            f"the inputs' first axes are not all those of samples ({told}): such a model, as one with a state, cannot "
+            "be trained in batches"
+        )
     return next(iter(sizes), None)

@@ -132,14 +132,20 @@ class Bound:
 
 
 class Runner:
-    """Steps of one training graph on one provider, on `threads` threads."""
+    """Steps of one training graph on one provider, on `threads` threads.
 
-    def __init__(self, graph: TrainingGraph, *, provider: str = "cpu", threads: int = 1) -> None:
+    `same_shapes`: all calls have the shapes of the first one. Where they do not, which of them comes first, and with it
+    the last bits of a result, would depend on where a training was resumed; then nothing is fitted to them.
+    """
+
+    def __init__(
+        self, graph: TrainingGraph, *, provider: str = "cpu", threads: int = 1, same_shapes: bool = True
+    ) -> None:
         self._graph = graph
         self._session = open_session(graph.model, provider=provider, threads=1, config=_CONFIG)
         self._device = "cuda" if "CUDAExecutionProvider" in self._session.providers else "cpu"
         self._fitted: tuple[dict[str, tuple[int, ...]], Session] | None = None
-        self._may_fit = provider == "cpu"
+        self._may_fit = provider == "cpu" and same_shapes
         self._known = {port.name for port in self._session.inputs}
         self._totals = [name for name in self._known if name.endswith(TOTAL)]
         by_type: dict[str, list[Parameter]] = {}

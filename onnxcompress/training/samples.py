@@ -124,12 +124,14 @@ class _Store:
 
 
 def call_size(batch: int) -> int:
-    """How many of `batch` samples one call takes where it may take any number: a half from 16 on, a quarter from 64.
+    """How many of `batch` samples one call takes where it may take any number: a half from 16 on, a quarter from 64,
+    as far as that divides it (the kernels are chosen for calls of one shape).
 
     Calls run side by side, each on one thread, where several threads of one call gain little (ONNX Runtime 1.32). The
     number follows from the batch and not from the threads, so that a result does not depend on the machine.
     """
-    return -(-batch // (4 if batch >= 64 else 2 if batch >= 16 else 1))
+    most = 4 if batch >= 64 else 2 if batch >= 16 else 1
+    return batch // max(parts for parts in (1, 2, 4) if parts <= most and batch % parts == 0)
 
 
 def calls(order: np.ndarray, batch: int, size: int) -> Iterator[list[np.ndarray]]:

@@ -45,7 +45,7 @@ class Teacher:
         self._heads = {head.output: head for head in heads}
         self._session = open_session(model, provider=provider, threads=1)
         self.threads = threads
-        self._wants = {port.name for port in self._session.inputs}
+        self._wants = {port.name: port.dtype for port in self._session.inputs}
         self._probabilities: dict[str, bool] = {}
 
     def logits(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -53,7 +53,7 @@ class Teacher:
 
         softmax(log(p) / T) is the renormalized p^(1/T), so the soft targets are the same.
         """
-        given = {name: array for name, array in feeds.items() if name in self._wants}
+        given = {name: _as(self._wants[name], array) for name, array in feeds.items() if name in self._wants}
         found = self._session.run(given, list(self._at.values()))
         return {output: self._as_logits(output, np.asarray(found[name])) for output, name in self._at.items()}
 
@@ -75,6 +75,12 @@ class Teacher:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
     ) -> None:
         self.close()
+
+
+def _as(wanted: np.dtype[Any] | None, array: np.ndarray) -> np.ndarray:
+    """A feed in the teacher's own floats, which a student in half precision does not share."""
+    floats = wanted is not None and wanted.kind == "f" and array.dtype.kind == "f"
+    return array.astype(wanted, copy=False) if floats else array
 
 
 def cache(
