@@ -87,7 +87,7 @@ def test_a_bootstrap_is_not_looked_at_early() -> None:
         assert (found is not None) == (seen == 500)
     assert found is not None
     assert (found.method, [look.n for look in found.looks]) == ("bootstrap", [500])
-    assert found.looks[0].level == pytest.approx(spent(0.25))  # what the looks not taken would have spent is in it
+    assert found.looks[0].level == pytest.approx(0.8 * spent(0.25))  # with what the looks not taken would have spent
 
 
 def test_order() -> None:
