@@ -63,6 +63,8 @@ def train(
     if init == "random" and settings.batch_norm is None:
         settings = dataclasses.replace(settings, batch_norm="trained")
     _check(objective, settings, evaluate, metric)
+    if teacher is None and any("=" in name for name in settings.outputs):
+        raise PassError(f"--output {settings.outputs[0]}: names a teacher's output, and there is no teacher")
     model = load(student)
     original = load(teacher) if teacher is not None else None
     target = pathlib.Path(out)
@@ -125,6 +127,8 @@ def _check(objective: Objective, settings: Settings, evaluate: Any, metric: Any)
         raise PassError(f"lr: wanted a number above 0, got {lr}")
     if (evaluate is None) != (metric is None):
         raise MetricError("--eval and --metric go together: the data to evaluate on, and what to measure")
+    if settings.patience is not None and evaluate is None:
+        raise MetricError("--patience needs --eval and --metric: a score to wait for")
 
 
 def _digest(model: ir.Model | None) -> str:

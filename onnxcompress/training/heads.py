@@ -111,7 +111,7 @@ def _require(text: str, name: str, model: ir.Model, what: str) -> None:
 
 
 def pairs(student: Sequence[Head], teacher: Sequence[Head], wanted: Sequence[str] = ()) -> list[tuple[Head, Head]]:
-    """Each head of the student with the teacher's that `wanted` gives it ("STUDENT=TEACHER"), else with that of the same
+    """Each head of the student with the teacher's that `wanted` gives it ("STUDENT=TEACHER"), else with that of its own
     name, or, where no names agree, of the same place. Heads that have none are left out, unless `wanted` names them.
 
     Raises:

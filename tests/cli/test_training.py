@@ -63,6 +63,8 @@ TRAINING_MISTAKES: list[tuple[list[str], str]] = [
     (["train", "trees.onnx", "-o", "o.onnx", "--data", "x.npz"], "nothing in it can be trained"),
     ([*S, "--data", T, "--include", "nothing*"], "nothing in it can be trained: 62 x not selected"),
     (["train", "shape.onnx", "-o", "o.onnx", "--data", "x.npz"], "has no output that can be learned"),
+    ([*S, "--data", T, "--patience", "1"], "--patience needs --eval and --metric"),
+    ([*N, "--data", T, "--output", "logits=logits"], "names a teacher's output, and there is no teacher"),
     ([*S, "--data", T, "--epochs", "0"], "--epochs"),
     ([*S, "--data", T, "--batch", "0"], "--batch"),
     ([*S, "--data", T, "--lr", "0"], "--lr"),

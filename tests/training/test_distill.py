@@ -156,6 +156,7 @@ def test_the_best_epoch_is_kept() -> None:
     data = opened(student, arrays(64))
     done = distill(None, student, data, settings=Settings(epochs=9, patience=2), evaluation=Evaluation(score))
     assert len(seen) == 4
+    assert done.steps == 4 * 2  # of the epochs that ran
     np.testing.assert_array_equal(done.parameters["w1"]["w"], seen[1])
 
 

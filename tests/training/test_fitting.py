@@ -1,0 +1,105 @@
+"""Teacher, student and data brought together: which outputs pair, fixed batches, precisions that differ."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+
+from onnxcompress.errors import DataError, ModelError, PassError
+from onnxcompress.model.load import load
+from onnxcompress.training import heads
+from onnxcompress.training.distill import Settings, distill
+from tests.builders import floats, graph, info, model, node, tensors
+from tests.training.small import arrays, half, mlp, normalized, opened
+
+ONCE = Settings(epochs=1)
+
+
+def forked(*names: str) -> onnx.ModelProto:
+    """x [n, 6] -> a Gemm [6, 4] for each output in `names`."""
+    nodes = [node("Gemm", ["x", f"w_{name}"], [name], name=f"make_{name}") for name in names]
+    given = {f"w_{name}": floats(6, 4, seed=i) for i, name in enumerate(names)}
+    return model(graph(nodes, [info("x", ["n", 6])], [info(n, ["n", 4]) for n in names], tensors(**given)))
+
+
+def test_outputs_pair_as_they_are_named() -> None:
+    teacher, student, given = load(forked("p", "q")), load(forked("z")), {"x": arrays(64)["x"]}
+    with pytest.raises(ModelError, match="do not pair; name them with --output STUDENT=TEACHER"):
+        distill(teacher, student, opened(student, given))
+    found = heads.pairs(heads.heads(student), heads.heads(teacher), ("z=q",))
+    assert [(mine.output, theirs.output) for mine, theirs in found] == [("z", "q")]
+    settings = Settings(epochs=40, lr=0.03, outputs=("z=q",))
+    done = distill(teacher, student, opened(student, given), settings=settings)
+    (other,) = (v for v in teacher.graph.initializers.values() if v.name == "w_q")
+    assert other.const_value is not None
+    assert np.abs(done.parameters["w_z"]["w"] - other.const_value.numpy()).mean() < 0.1
+    with pytest.raises(ModelError, match="the teacher: --output z=r: has no such output, only p, q"):
+        distill(teacher, student, opened(student, given), settings=Settings(outputs=("z=r",)))
+
+
+def test_an_output_without_a_counterpart_is_told() -> None:
+    teacher, student = load(forked("z", "p")), load(forked("z", "q"))
+    done = distill(teacher, student, opened(student, {"x": arrays()["x"]}), settings=ONCE)
+    assert done.losses == {"z": "squared error", "q": "not learned, the teacher has no such output"}
+    with pytest.raises(ModelError, match="do not pair"):
+        distill(teacher, student, opened(student, arrays()), settings=Settings(outputs=("z", "q")))
+
+
+def test_integers_of_unknown_origin_are_no_head() -> None:
+    nodes = [
+        node("Gemm", ["x", "w"], ["z"]),
+        node("Reshape", ["z", "flat"], ["r"]),
+        node("Cast", ["r"], ["label"], to=onnx.TensorProto.INT64),
+    ]
+    given = tensors(w=floats(6, 1), flat=np.array([-1], np.int64))
+    declared = [info("label", ["n"], onnx.TensorProto.INT64), info("z", ["n", 1])]
+    of = load(model(graph(nodes, [info("x", ["n", 6])], declared, given)))
+    assert [head.output for head in heads.heads(of)] == ["z"]
+
+
+def test_a_fixed_batch_larger_than_what_is_left_of_the_data() -> None:
+    student = load(mlp(batch=4))
+    done = distill(None, student, opened(student, arrays(30), 4), settings=ONCE)  # one update, of 28 samples
+    assert done.steps == 1
+    with pytest.raises(DataError, match="holds 3 samples, and the model takes 4 a call"):
+        distill(None, student, opened(student, arrays(3), 4), settings=ONCE)
+    with pytest.raises(ModelError, match="the student takes 4 samples a call, the teacher 2"):
+        distill(load(mlp(batch=2)), student, opened(student, arrays(30), 4), settings=ONCE)
+
+
+def test_a_state_whose_samples_lie_elsewhere_is_refused() -> None:
+    nodes = [
+        node("MatMul", ["x", "w"], ["h"]),
+        node("ReduceSum", ["state", "first"], ["s"], keepdims=0),
+        node("Add", ["h", "s"], ["z"]),
+    ]
+    given = tensors(w=floats(6, 4), first=np.array([0], np.int64))
+    inputs = [info("x", ["n", 6]), info("state", [2, "n", 4])]
+    student = load(model(graph(nodes, inputs, [info("z", ["n", 4])], given)))
+    calls = {"x": floats(8, 1, 6), "state": floats(8, 2, 1, 4)}
+    with pytest.raises(DataError, match=r"'x' any number, 'state' 2.*cannot be trained in batches"):
+        distill(student, student, opened(student, calls), settings=ONCE)
+
+
+@pytest.mark.parametrize("narrow", ["student", "teacher"])
+def test_one_of_both_may_be_in_half_precision(narrow: str) -> None:
+    wide, small = mlp(), half(mlp())
+    teacher, student = (wide, small) if narrow == "student" else (small, wide)
+    of = load(student)
+    given = {"x": arrays()["x"]}
+    done = distill(load(teacher), of, opened(of, given), settings=Settings(epochs=1, lr=1e-20))
+    assert done.epochs[0].loss < 1e-5  # they are the same but for rounding
+
+
+def test_labels_that_leave_every_sample_out_are_refused() -> None:
+    student = load(mlp())
+    with pytest.raises(DataError, match="every label is -100"):
+        distill(None, student, opened(student, arrays() | {"y": np.full(64, -100)}), settings=ONCE)
+
+
+def test_the_statistics_of_one_sample_are_refused() -> None:
+    student = load(normalized())
+    settings = Settings(batch=1, batch_norm="trained")
+    with pytest.raises(PassError, match="BatchNormalization cannot be trained on batches of 1 sample"):
+        distill(None, student, opened(student, arrays()), settings=settings)
