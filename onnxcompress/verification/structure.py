@@ -48,6 +48,7 @@ class Anatomy:
         self.producers: dict[str, ir.Value] = {}
         self._paths: dict[int, str] = {}
         self._keys: dict[int, str] = {}
+        self._static: set[int] = set()
         for weight in held:
             self._keys[id(weight.value)] = weight.key
             end = weight.value.producer()
@@ -59,12 +60,19 @@ class Anatomy:
             for value in owner.inputs:
                 self._paths[id(value)] = path
             for node in owner:
+                static = self._computed_at_load(path, node)
                 for value in node.outputs:
                     self._paths[id(value)] = path
-                    if value.name and node.op_type not in GLUE:
+                    if static:
+                        self._static.add(id(value))
+                    elif value.name and (node.op_type not in GLUE or node.op_type == "DequantizeLinear"):
                         self.producers.setdefault(f"{path}{value.name}", value)
-                if node.op_type == "DequantizeLinear" and node.outputs[0].name:
-                    self.producers.setdefault(f"{path}{node.outputs[0].name}", node.outputs[0])
+
+    def _computed_at_load(self, path: str, node: ir.Node) -> bool:
+        """True for a node that depends on constants alone: it makes no activation."""
+        if next(bridge.subscopes(path, node), None) is not None or (not node.inputs and node.op_type != "Constant"):
+            return False
+        return all(v is None or id(v) in self._static or recognize.constant(v) is not None for v in node.inputs)
 
     def name(self, value: ir.Value) -> str:
         """The value's name with the path of its scope."""
