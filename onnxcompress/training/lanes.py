@@ -64,7 +64,8 @@ class Lane:
         return losses
 
     def _call(self, binding: Any, feeds: Feeds) -> float:
-        kept = {name: np.ascontiguousarray(array) for name, array in feeds.items() if name in self._known}
+        # not ascontiguousarray, which makes an array of a scalar
+        kept = {name: np.asarray(array, order="C") for name, array in feeds.items() if name in self._known}
         for name, array in kept.items():
             binding.bind_cpu_input(name, array)
         try:

@@ -74,7 +74,7 @@ class Bound:
         binding = self._bindings[self._now]
         for name, array in feeds.items():
             if name in self._inputs:
-                binding.bind_cpu_input(name, np.ascontiguousarray(array))
+                binding.bind_cpu_input(name, np.asarray(array, order="C"))
         for name, view in (others or {}).items():
             if name in self._inputs:
                 view.bind_input(binding, name)
@@ -105,13 +105,13 @@ class Bound:
     def write(self, state: Mapping[str, np.ndarray]) -> None:
         """Set the state."""
         for name, array in state.items():
-            self.values[name].update_inplace(np.ascontiguousarray(array))
+            self.values[name].update_inplace(np.asarray(array, order="C"))
 
     def set_constants(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Change inputs that no step changes."""
         for name, array in arrays.items():
             if name in self._constants:
-                self._constants[name].update_inplace(np.ascontiguousarray(array))
+                self._constants[name].update_inplace(np.asarray(array, order="C"))
 
     def close(self) -> None:
         """Release the session."""
@@ -128,7 +128,7 @@ class Bound:
         return binding
 
     def _on_device(self, array: np.ndarray) -> Any:
-        return onnxruntime().OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array).copy(), self._device, 0)
+        return onnxruntime().OrtValue.ortvalue_from_numpy(np.asarray(array, order="C").copy(), self._device, 0)
 
 
 class Runner:
@@ -217,7 +217,7 @@ class Runner:
         """Change buffers (masks), which stay in a step: a schedule needs no new session."""
         for name, array in arrays.items():
             if name in self._constants:
-                self._constants[name].update_inplace(np.ascontiguousarray(array))
+                self._constants[name].update_inplace(np.asarray(array, order="C"))
 
     def close(self) -> None:
         """Release the sessions."""
@@ -284,7 +284,7 @@ class Runner:
         list(self._pool.map(share, range(workers)))
 
     def _on_device(self, array: np.ndarray) -> Any:
-        return onnxruntime().OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array).copy(), self._device, 0)
+        return onnxruntime().OrtValue.ortvalue_from_numpy(np.asarray(array, order="C").copy(), self._device, 0)
 
     def __enter__(self) -> Runner:
         return self

@@ -103,3 +103,17 @@ def test_the_statistics_of_one_sample_are_refused() -> None:
     settings = Settings(batch=1, batch_norm="trained")
     with pytest.raises(PassError, match="BatchNormalization cannot be trained on batches of 1 sample"):
         distill(None, student, opened(student, arrays()), settings=settings)
+
+
+def test_ranks_that_are_only_known_at_run_time() -> None:
+    nodes = [
+        node("Squeeze", ["x"], ["s"]),
+        node("MatMul", ["s", "w"], ["h"]),
+        node("Mul", ["h", "gain"], ["z"]),
+        node("Softmax", ["z"], ["y"]),
+    ]
+    given = tensors(w=floats(6, 4), gain=np.array(1.5, np.float32))
+    student = load(model(graph(nodes, [info("x", ["n", 1, 6])], [info("y", ["n", 4])], given)))
+    data = {"x": arrays()["x"][:, None], "y": arrays()["y"]}
+    done = distill(None, student, opened(student, data), settings=Settings(epochs=3, ema=0.9))
+    assert done.epochs[-1].loss < done.epochs[0].loss
