@@ -79,12 +79,14 @@ class Target:
 
     def write(self, inputs: Inputs, z: Tensor, objective: Objective) -> Tensor:
         """The loss, from the student's logits `z`."""
-        z = z.cast(ir.DataType.FLOAT)
-        if self.axis >= len(self.shape):  # one number a sample
-            z = z.unsqueeze(self.axis)
         dims: list[int | str | None] = ["train/batch", *self.shape[1:]]
         if self._ragged(z):
             dims[1] = "train/positions"
+        if z.shape is None and not self.is_feature:  # which axis is the classes', only the logits that were seen tell
+            z.value.shape = ir.Shape(dims)
+        z = z.cast(ir.DataType.FLOAT)
+        if self.axis >= len(self.shape):  # one number a sample
+            z = z.unsqueeze(self.axis)
         if self.is_feature and z.shape is not None:  # as free as the student's own
             dims[1:] = [d if isinstance(d, int) else f"train/{self.index}/{i}" for i, d in enumerate(z.shape)][1:]
         whole = [*dims, 1] if self.axis >= len(self.shape) else dims
