@@ -18,6 +18,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -322,9 +323,12 @@ def subjects(names: Sequence[str], folder: pathlib.Path) -> list[Subject]:
     found = []
     for name in names:
         home = MODELS / name if name in BUNDLED else pathlib.Path(os.environ["ONNXCOMPRESS_ZOO"]) / name
-        original = home / "model.onnx"
-        calibration = home / ("calib.npz" if name in BUNDLED else "feeds.npz")
-        evaluation = home / "eval.npz" if name in BUNDLED else calibration
+        kept = folder / name  # a copy: what stands there may change while this runs
+        kept.mkdir()
+        parts = ("model.onnx", "calib.npz", "eval.npz") if name in BUNDLED else ("model.onnx", "feeds.npz")
+        for part in parts:
+            shutil.copy(home / part, kept / part)
+        original, calibration, evaluation = (kept / parts[min(i, len(parts) - 1)] for i in range(3))
         for form, recipe in FORMS.items():
             path = folder / f"{name}-{form}.onnx"
             oc.compress(original, {"passes": recipe}, out=path, calibration=calibration)
