@@ -12,6 +12,7 @@ import numpy as np
 from onnxcompress.data import sequences
 from onnxcompress.data.batch import Data
 from onnxcompress.errors import DataError
+from onnxcompress.training.targets import IGNORED
 
 IN_MEMORY = 1 << 30  # bytes of an array above which it lies in a file of the work folder
 
@@ -74,8 +75,25 @@ def collect(data: Data, work: pathlib.Path | None = None) -> Samples:
     for name, array in feeds.items():
         if len(array) != count:
             raise DataError(f"input {name!r}: {len(array)} rows for {count} samples")
-    found = np.concatenate(labels) if labels else None
-    return Samples(feeds, constants, found, count, tuple(sequences.groups(data.specs)))
+    return Samples(feeds, constants, _joined(labels, count), count, tuple(sequences.groups(data.specs)))
+
+
+def _joined(labels: list[np.ndarray], count: int) -> np.ndarray | None:
+    """All labels; where they are of positions, those that shorter sequences do not have are left out of the loss."""
+    if not labels:
+        return None
+    if (given := sum(len(part) for part in labels)) != count:
+        raise DataError(f"labels: {given} for {count} samples: all have them, or none")
+    if all(part.ndim == 2 and part.dtype.kind in "iu" for part in labels):
+        longest = max(part.shape[1] for part in labels)
+        padded = [((0, 0), (0, longest - part.shape[1])) for part in labels]
+        if any(pad[1][1] for pad in padded):
+            pairs = zip(labels, padded, strict=True)
+            labels = [np.pad(part.astype(np.int64), pad, constant_values=IGNORED) for part, pad in pairs]
+    try:
+        return np.concatenate(labels)
+    except ValueError as error:
+        raise DataError("labels: samples differ in their shape; bring them to one") from error
 
 
 class _Store:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import onnx
 import pytest
 
+from onnxcompress.data.source import open_data
+from onnxcompress.data.specs import input_specs
 from onnxcompress.errors import DataError, ModelError, PassError
 from onnxcompress.model.load import load
 from onnxcompress.training import heads
 from onnxcompress.training.distill import Settings, distill
 from tests.builders import floats, graph, info, model, node, tensors
-from tests.training.small import arrays, half, mlp, normalized, opened
+from tests.training.small import arrays, half, mlp, normalized, opened, tagger
 
 ONCE = Settings(epochs=1)
 
@@ -117,3 +121,34 @@ def test_ranks_that_are_only_known_at_run_time() -> None:
     data = {"x": arrays()["x"][:, None], "y": arrays()["y"]}
     done = distill(None, student, opened(student, data), settings=Settings(epochs=3, ema=0.9))
     assert done.epochs[-1].loss < done.epochs[0].loss
+
+
+def test_labels_of_positions_are_as_long_as_their_sequences() -> None:
+    generator = np.random.default_rng(0)
+    ids = [generator.integers(1, 11, (1, length)) for length in (3, 7, 5, 7)]
+    student, settings = load(tagger()), Settings(epochs=1, batch=4, lr=1e-20)
+
+    def apart() -> Iterator[dict[str, np.ndarray]]:
+        for each in ids:
+            yield {"input_ids": each, "attention_mask": np.ones_like(each), "y": each % 3}
+
+    given: dict[str, np.ndarray] = {n: np.zeros((4, 7), np.int64) for n in ("input_ids", "attention_mask")}
+    given["y"] = np.full((4, 7), -100)
+    for row, each in enumerate(ids):
+        for name, values in (("input_ids", each), ("attention_mask", np.ones_like(each)), ("y", each % 3)):
+            given[name][row, : each.shape[1]] = values
+    read = open_data(apart, input_specs(student), batch=4, trim=False, last="fill")
+    (ragged,) = distill(None, student, read, settings=settings).epochs
+    (padded,) = distill(None, student, opened(student, given), settings=settings).epochs
+    assert ragged.loss == pytest.approx(padded.loss, rel=1e-6)
+
+
+def test_labels_that_some_calls_lack_are_refused() -> None:
+    def calls() -> Iterator[dict[str, np.ndarray]]:
+        for i in range(4):
+            yield {"x": floats(2, 6, seed=i)} | ({"y": np.array([0, 1])} if i else {})
+
+    student = load(mlp())
+    read = open_data(calls, input_specs(student), batch=2, trim=False, last="fill")
+    with pytest.raises(DataError, match="labels: 6 for 8 samples: all have them, or none"):
+        distill(None, student, read, settings=ONCE)
