@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from onnxcompress.api import DataOptions
 from onnxcompress.contract import Progress, Silent
+from onnxcompress.data.batch import Data
 from onnxcompress.data.source import open_data
 from onnxcompress.data.specs import input_specs
 from onnxcompress.errors import DataError, MetricError, PassError
@@ -75,7 +76,8 @@ def train(
     options: dict[str, Any] = {"mapping": reading.mapping, "preprocess": reading.preprocess, "labels": reading.labels}
     source = open_data(data, specs, **options, batch=settings.batch, limit=reading.limit, trim=False, last="fill")
     identity = {"student": _digest(model), "teacher": _digest(original), "data": source.digest(), "metric": str(metric)}
-    identity["init"] = init
+    judged = open_data(evaluate, specs, **options, last="fill") if evaluate is not None else None
+    identity |= {"init": init, "evaluate": judged.digest() if judged is not None else ""}
     if init == "random":
         randomize(model, settings.seed)
     with workplace(target, identity, resume=resume) as place:
@@ -89,7 +91,10 @@ def train(
             on_epoch=lambda epoch: say(_told(epoch, settings.epochs)),
             identity=identity,
         )
-        evaluation = _evaluation(model, evaluate, metric, options) if evaluate is not None else None
+        evaluation, before = None, None
+        if judged is not None:
+            evaluation, before = _evaluation(model, judged, metric)
+            say(f"before: score {before:.4f}")
         done = distill(
             original,
             model,
@@ -114,7 +119,7 @@ def train(
         saved = save(trained, target)
     say(_summary(done))
     say(f"{saved.path}: saved, {saved.bytes:,} bytes")
-    return _report(done, errors)
+    return {**_report(done, errors), "before": before}
 
 
 def _check(objective: Objective, settings: Settings, evaluate: Any, metric: Any) -> None:
@@ -136,18 +141,20 @@ def _digest(model: ir.Model | None) -> str:
     return source.sha256 if source is not None else ""
 
 
-def _evaluation(model: ir.Model, data: Any, metric: Any, options: dict[str, Any]) -> Evaluation:
-    """On one thread: which epoch is best must not depend on the last bit."""
-    source = open_data(data, input_specs(model), **options, last="fill")
+def _evaluation(model: ir.Model, source: Data, metric: Any) -> tuple[Evaluation, float]:
+    """What epochs are judged by, and the score before the first.
+
+    On one thread: which epoch is best must not depend on the last bit.
+    """
     _, evaluator = metric_named(metric)
     with open_session(model) as session:
-        higher = evaluator(session.run, source).higher_is_better
+        first = evaluator(session.run, source)
 
     def score(candidate: ir.Model) -> float:
         with open_session(candidate) as session:
             return evaluator(session.run, source).score()
 
-    return Evaluation(score, higher)
+    return Evaluation(score, first.higher_is_better), first.score()
 
 
 def _prove(before: ir.Model, after: ir.Model, source: Any) -> None:

@@ -191,8 +191,8 @@ class Loop:
         self._runner.write({name: array for name, array in state.items() if name not in others})
 
     def _is_better(self, score: float) -> bool:
-        if self._at.score is None or math.isnan(self._at.score):
-            return True
+        if self._at.score is None or math.isnan(score):
+            return not math.isnan(score)
         return score > self._at.score if self._plan.higher_is_better else score < self._at.score
 
     def _is_enough(self) -> bool:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Any
 
 import numpy as np
 import onnx
@@ -243,3 +244,29 @@ def test_a_training_in_the_place_of_its_student(verb: str, here: pathlib.Path, c
         assert not np.array_equal(before[name], after[name])
         np.testing.assert_array_equal(after[name][before[name] == 0], 0)
     assert filenames(here) == ["m.onnx", "s.onnx", "x.npz"]
+
+
+def test_the_score_before_is_told_and_the_data_it_is_of_is_part_of_what_resumes(
+    here: pathlib.Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from onnxcompress import healing
+    from onnxcompress.training.distill import distill
+
+    np.savez(here / "x.npz", x=floats(64, 16), y=np.arange(64) % 8)
+    np.savez(here / "e.npz", x=floats(32, 16), y=np.zeros(32, np.int64))
+    np.savez(here / "f.npz", x=floats(32, 16), y=np.ones(32, np.int64))
+    known = []
+
+    def noted(*given: Any, conditions: Any, **options: Any) -> Any:
+        known.append(conditions.identity)
+        return distill(*given, conditions=conditions, **options)
+
+    monkeypatch.setattr(healing, "distill", noted)
+    given = ["train", "m.onnx", "--data", "x.npz", "-o", "o.onnx", "--epochs", "1", "--metric", "accuracy", "--eval"]
+    code, out, err = command(capsys, *given, "e.npz", "--json", "r.json")
+    assert code == 0
+    before = json.loads((here / "r.json").read_text())["before"]
+    assert f"before: score {before:.4f}\n" in out + err
+    assert command(capsys, *given, "f.npz", "-q")[0] == 0
+    assert known[0]["evaluate"] != known[1]["evaluate"]
+    assert known[0]["data"] == known[1]["data"]

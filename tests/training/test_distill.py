@@ -160,6 +160,26 @@ def test_the_best_epoch_is_kept() -> None:
     np.testing.assert_array_equal(done.parameters["w1"]["w"], seen[1])
 
 
+def test_a_score_that_is_no_number_is_never_the_best() -> None:
+    """Read back from a checkpoint it would not even equal itself."""
+    student, scores = load(mlp()), iter([float("nan"), 0.3, float("nan"), 0.2])
+    settings = Settings(epochs=9, patience=2)
+    done = distill(
+        None,
+        student,
+        opened(student, arrays(64)),
+        settings=settings,
+        evaluation=Evaluation(lambda candidate: next(scores)),
+    )
+    assert len(done.epochs) == 4
+    scores = iter([float("nan")] * 3)
+    whole = Settings(epochs=3, patience=1)
+    done = distill(
+        None, student, opened(student, arrays(64)), settings=whole, evaluation=Evaluation(lambda c: next(scores))
+    )
+    assert len(done.epochs) == 3
+
+
 def test_soft_targets_follow_the_scale_of_the_logits() -> None:
     wide = np.random.default_rng(0).normal(size=(50, 10)).astype(np.float32)
     assert Objective().temperature_for(wide, 1) == 2
