@@ -172,7 +172,9 @@ class Affine(Encoding):
         kind = self.q.dtype.name
         if kind == "int32" or (kind in ("int16", "uint16") and tape.opset < 21):
             return w
-        zero = tape.constant(self.buffers()["zero_point"].reshape(self.scale.shape), f"{name}.zero_point")
+        zero = tape.constant(
+            np.broadcast_to(self.buffers()["zero_point"], self.scale.shape).copy(), f"{name}.zero_point"
+        )
         attributes = {} if self.axis is None else {"axis": self.axis}
         if self.block is not None:
             attributes["block_size"] = self.block

@@ -80,3 +80,18 @@ def test_what_has_no_learned_scale() -> None:
     assert gradient_scale(Affine(np.ones((4, 6), np.int8), np.ones((2, 6), np.float32), None, 0, 2)) == pytest.approx(
         1 / np.sqrt(2 * 127)
     )
+
+
+def test_one_zero_point_for_scales_of_many_channels() -> None:
+    """As dynamic quantization stores recurrent weights and those of convolutions."""
+    scale = np.linspace(0.004, 0.02, 200, dtype=np.float32)
+    levels = np.clip(np.rint(W / scale) + 3, -128, 127).astype(np.int8)
+    student = quantized(Affine(levels, scale, np.array(3, np.int8), 1, form="folded"))
+    done = distill(load(mlp()), student, opened(student, {"x": arrays(64)["x"]}), settings=Settings(epochs=1, batch=16))
+    before = next(weight.array() for weight in weights(student) if weight.key == "w1")
+    write(student, done.parameters)
+    (after,) = (weight for weight in weights(student) if weight.key == "w1")
+    assert isinstance(after.encoding, Affine)
+    assert after.encoding.form == "folded"
+    np.testing.assert_array_equal(after.encoding.scale, scale)
+    assert np.any(after.array() != before)
