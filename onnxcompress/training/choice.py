@@ -77,8 +77,9 @@ def _kind(
     if labels is not None and labels.ndim == 2 and labels.shape[1] == 1 and rank <= 2:
         labels = labels[:, 0]
     integral = labels is not None and labels.dtype.kind in "iub"
+    whole = integral or (labels is not None and labels.dtype.kind == "f" and np.array_equal(labels, np.rint(labels)))
     if labels is not None and wanted == "auto" and kind == "values":
-        if integral and rank >= 2 and _class_axis(labels.shape, shape, axis) is not None and shape[axis] > 1:
+        if whole and rank >= 2 and _class_axis(labels.shape, shape, axis) is not None and shape[axis] > 1:
             kind = "classes"
         elif integral and np.isin(labels, (0, 1)).all() and labels.shape[1:] == _squeezed(shape)[1:]:
             kind = "binary"
@@ -90,7 +91,7 @@ def _kind(
         return kind, axis, None
     if kind == "classes":
         at = _class_axis(labels.shape, shape, axis)
-        if at is not None and (integral or (labels.dtype.kind == "f" and (labels == np.rint(labels)).all())):
+        if at is not None and whole:
             return kind, at, _checked(labels.astype(np.int64), shape[at], student.output)
         if labels.shape[1:] == shape[1:] and labels.dtype.kind in "iubf":
             return kind, axis, _distributions(labels.astype(np.float32), axis)

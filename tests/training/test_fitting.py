@@ -152,3 +152,11 @@ def test_labels_that_some_calls_lack_are_refused() -> None:
     read = open_data(calls, input_specs(student), batch=2, trim=False, last="fill")
     with pytest.raises(DataError, match="labels: 6 for 8 samples: all have them, or none"):
         distill(None, student, read, settings=ONCE)
+
+
+def test_classes_stored_as_floats_are_classes() -> None:
+    student, given = load(mlp()), arrays()
+    done = distill(None, student, opened(student, given | {"y": given["y"].astype(np.float32)}), settings=ONCE)
+    assert done.losses == {"z": "1 x cross-entropy"}
+    with pytest.raises(DataError, match="fit no output"):
+        distill(None, student, opened(student, given | {"y": given["y"] + np.float32(0.5)}), settings=ONCE)
