@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import onnx
+
 from onnxcompress.encodings import functions
-from onnxcompress.linting.finding import Finding
+from onnxcompress.linting.finding import Finding, Level
 from onnxcompress.linting.view import ONNX, Site, View, element
 from onnxcompress.model import bridge
 
+# What ONNX Runtime takes in ONNX's own domain though ONNX does not (any more).
+_LEGACY = (
+    "Affine", "Crop", "DynamicSlice", "ImageScaler", "ParametricSoftplus", "Scale", "ScaledTanh",
+    "SimplifiedLayerNormalization",
+)  # fmt: skip
 _QUANTIZED = ("QLinear", "Integer", "DynamicQuantize", "QGemm", "QAttention")
 
 
@@ -32,6 +39,17 @@ def refused(view: View) -> Iterator[Finding]:
         for name, why in target.slow:
             if op == name or (op in ("QuantizeLinear", "DequantizeLinear") and element(site.node) == name):
                 yield site.finding("slow", "warning", why, "use another form, or leave it in float")
+
+
+def unknown(view: View) -> Iterator[Finding]:
+    """Operators of ONNX's own domain that ONNX has in no version; TensorRT may have a plugin of that name."""
+    local = {(function.domain, function.name) for function in view.model.functions.values()}
+    level: Level = "warning" if view.target.name == "tensorrt" else "error"
+    message = "is no operator of ONNX" + (": it needs a plugin of that name" if level == "warning" else "")
+    for site in (*view.nodes, *view.folded):
+        op, domain = site.node.op_type, site.node.domain
+        if domain in ONNX and op not in _LEGACY and (domain, op) not in local and not onnx.defs.has(op, ""):
+            yield site.finding("unknown-operator", level, message, "export it as operators of ONNX, or name its domain")
 
 
 def limits(view: View) -> Iterator[Finding]:
@@ -100,4 +118,4 @@ def decoders(view: View) -> Iterator[Finding]:
             )  # fmt: skip
 
 
-RULES = (refused, limits, opset, sparse, decoders)
+RULES = (refused, unknown, limits, opset, sparse, decoders)

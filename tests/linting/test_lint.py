@@ -318,6 +318,14 @@ def test_cuda_says_what_falls_to_the_cpu() -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
+def test_an_operator_that_onnx_does_not_have_is_an_error(target: str) -> None:
+    found = rules(one("Conw", ["x"]), target)["unknown-operator"]
+    assert found.level == ("warning" if target == "tensorrt" else "error")  # it may be a plugin
+    assert "unknown-operator" not in rules(one("Relu", ["x"]), target)
+    assert "unknown-operator" not in rules(one("SimplifiedLayerNormalization", ["x", "z"]), target)
+
+
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", ["digits_cnn", "gloss_transformer"])
 def test_what_the_quantizer_writes_for_a_target_has_no_errors_there(name: str, target: str) -> None:
     data = split(name, "calib")
