@@ -178,6 +178,9 @@ def judge_agreement(agreement: Sequence[OutputAgreement], where: str = "") -> Fi
         return Finding(Verdict.INCONCLUSIVE, (f"no output was compared{suffix}",))
     if not any(output.elements for output in agreement):
         return Finding(Verdict.INCONCLUSIVE, (f"all outputs{suffix} are empty, so nothing was compared",))
+    if all(output.elements == output.nonfinite_original for output in agreement):
+        reason = f"outputs{suffix}: the original's are all NaN or Inf, so nothing was compared; look at the data"
+        return Finding(Verdict.INCONCLUSIVE, (reason,))
     shared = [output for output in agreement if output.nonfinite_original]
     return Finding(
         Verdict.PASS,

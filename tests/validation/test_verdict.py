@@ -123,6 +123,11 @@ def test_agreement_fails_on_nan_and_shapes() -> None:
     both = Agreement()
     both.update({"a": np.array([1, np.nan])}, {"a": np.array([1, np.nan])})
     assert judge_agreement(both.results()).verdict is Verdict.PASS
+    nothing = Agreement()
+    nothing.update({"a": np.array([np.inf, np.nan])}, {"a": np.array([1, np.nan])})
+    finding = judge_agreement(nothing.results())
+    assert finding.verdict is Verdict.INCONCLUSIVE
+    assert "all NaN or Inf" in finding.reasons[0]
     empty = Agreement()
     empty.update({"a": np.zeros((0, 4))}, {"a": np.zeros((0, 4))})
     assert judge_agreement(empty.results()).verdict is Verdict.INCONCLUSIVE
