@@ -134,8 +134,8 @@ def bench(
     with contextlib.ExitStack() as stack:
         sessions = [stack.enter_context(model.open(choice, threads)) for model in given]
         nodes = [_proved(choice, model, session) for model, session in zip(given, sessions, strict=True)]
-        for session in sessions[1:]:
-            check_fit(sessions[0], session)
+        for model, session in zip(given[1:], sessions[1:], strict=True):
+            check_fit(sessions[0], session, given[0].label, model.label)
         reading: dict[str, Any] = {"mapping": mapping, "preprocess": preprocess}
         for size in dict.fromkeys(batches):
             try:

@@ -8,7 +8,7 @@ import click
 
 from onnxcompress.cli import options, running
 from onnxcompress.cli.progress import progress
-from onnxcompress.cli.report import Report
+from onnxcompress.cli.report import Report, many
 from onnxcompress.diagnosis import Diagnosis, diagnose
 
 SHOWN = 10  # layers that are told without --verbose
@@ -67,11 +67,14 @@ def command(
 
 def _lines(found: Diagnosis, verbose: bool) -> list[str]:
     rows = found.layers if verbose else sorted(found.layers, key=lambda row: -row.own)[:SHOWN]
-    lines = [f"{len(found.layers)} layers on {found.samples} samples; relative errors of what comes out:"]
+    samples = many(found.samples, "sample" if found.inputs == "data" else "made-up sample")
+    lines = [f"{many(len(found.layers), 'layer')} on {samples}; relative errors of what comes out:"]
     lines += [
         f"  {row.layer} ({row.operator}): {row.error:.3g} in all, {row.own:.3g} by itself, {row.expected:.3g} explained"
         for row in rows
     ]
     lines += [f"{index}. {layer}: {reason}" for index, (layer, reason) in enumerate(found.blamed, 1)]
+    if found.inputs != "data" and not found.healthy:
+        lines.append("note: made-up inputs may leave the ranges that activations were quantized for; give --data")
     lines.append("no layer stands out" if found.healthy else f"look at {found.blamed[0][0]} first")
     return lines

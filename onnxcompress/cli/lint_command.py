@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from onnxcompress.cli import options, running
-from onnxcompress.cli.report import Report
+from onnxcompress.cli.report import Report, many
 from onnxcompress.linting import Finding, lint
 
 MOST = 3  # findings of one rule that are told without --verbose
@@ -33,8 +33,8 @@ def command(
     report.write(found.to_json())
     for line in lines(found.findings, verbose):
         report.say(line)
-    warnings = len(found.findings) - len(found.errors)
-    report.say(f"{target}: {len(found.errors)} errors, {warnings} warnings in {found.nodes:,} nodes")
+    errors, warnings = len(found.errors), len(found.findings) - len(found.errors)
+    report.say(f"{target}: {many(errors, 'error')}, {many(warnings, 'warning')} in {many(found.nodes, 'node')}")
     return 0 if found.passed else 1
 
 

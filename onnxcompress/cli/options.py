@@ -41,7 +41,7 @@ def _common(threads: int | None, told: str) -> Callable[[F], F]:
         click.option("--seed", type=click.IntRange(min=0), help="for everything random  [default: 0]"),
         click.option("--threads", type=click.IntRange(min=1), default=threads, help=of_threads),
         click.option("-q", "--quiet", is_flag=True, help="print errors alone"),
-        click.option("-v", "--verbose", is_flag=True, help="print every weight that was touched or left"),
+        click.option("-v", "--verbose", is_flag=True, help="print all of it: every weight, layer or finding"),
     )
 
 

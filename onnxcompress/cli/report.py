@@ -136,6 +136,11 @@ def _proof(step: StepReport) -> str:
     return f"checked, loaded and run {inputs}: " + ", ".join(words)
 
 
+def many(count: int, thing: str) -> str:
+    """A count and what is counted, in the plural where there is not one."""
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
+
+
 def size(count: int) -> str:
     """Bytes for people (kB = 1000 bytes)."""
     value = float(count)

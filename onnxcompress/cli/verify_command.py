@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from onnxcompress.cli import options, running
-from onnxcompress.cli.report import Report
+from onnxcompress.cli.report import Report, many
 from onnxcompress.verification import Verification, verify
 
 MOST = 20  # problems that are told without --verbose
@@ -67,7 +67,7 @@ def command(
 def _lines(found: Verification, verbose: bool) -> list[str]:
     rows = sorted(found.weights, key=lambda row: -row.error)
     kinds = ", ".join(f"{sum(r.encoding == kind for r in rows)} {kind}" for kind in sorted({r.encoding for r in rows}))
-    lines = [f"{len(rows)} weights ({kinds}), each decoded and compared with the parent's"]
+    lines = [f"{many(len(rows), 'weight')} ({kinds}), each decoded and compared with the parent's"]
     lines += [
         f"  {row.key}: {row.encoding}, relative error {row.error:.3g}, of which its encoding explains "
         f"{row.expected:.3g}; largest {row.largest:.3g}"
@@ -81,5 +81,5 @@ def _lines(found: Verification, verbose: bool) -> list[str]:
     if len(found.problems) > MOST and not verbose:
         lines.append(f"... and {len(found.problems) - MOST} more (--verbose)")
     lines += [f"note: {note}" for note in found.notes]
-    lines.append("HOLDS" if found.holds else f"DOES NOT HOLD: {len(found.problems)} problems")
+    lines.append("HOLDS" if found.holds else f"DOES NOT HOLD: {many(len(found.problems), 'problem')}")
     return lines

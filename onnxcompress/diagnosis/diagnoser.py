@@ -20,11 +20,12 @@ from onnxcompress.data.synthetic import synthetic_feeds
 from onnxcompress.diagnosis.cut import GIVEN, cut, exposed
 from onnxcompress.diagnosis.result import STANDS_OUT, Diagnosis, LayerRow
 from onnxcompress.encodings import recognize
+from onnxcompress.errors import DataError
 from onnxcompress.model.load import Loadable, load
 from onnxcompress.model.shapes import shapes
 from onnxcompress.model.weights import weights
 from onnxcompress.runtime.session import open_session
-from onnxcompress.validation.pairing import feeds_for
+from onnxcompress.validation.pairing import check_fit, feeds_for
 from onnxcompress.verification import Verification, verify
 from onnxcompress.verification.structure import Anatomy, Made
 
@@ -84,8 +85,8 @@ def diagnose(
     `validate`.
 
     Raises:
-        ModelError: a model cannot be loaded or run.
-        DataError: the data does not fit the inputs.
+        ModelError: a model cannot be loaded or run, or has other inputs or outputs than the original.
+        DataError: the data does not fit the inputs, or the original computes nothing finite on it.
     """
     first, second = load(original), load(compressed)
     proof = verify(
@@ -102,7 +103,10 @@ def diagnose(
         settings: dict[str, Any] = {"labels": labels, "mapping": mapping, "preprocess": preprocess}
         feeder = open_data(data, input_specs(first), **settings, batch=batch, limit=limit, last="fill")
     shown = progress or Silent()
+    inputs = "synthetic" if data is None else "data"
     sums, samples = _stream(first, second, names, feeder, threads, limit, shown)
+    if sums and not any(sum_.count for sum_ in sums.values()):
+        raise DataError("no layer of the original computes a finite number on this data: nothing can be compared")
     explained = {row.key: row.expected for row in proof.weights}
     rows = []
     for name, sum_ in sums.items():
@@ -122,7 +126,7 @@ def diagnose(
                 _suspect(name, made, proof) if evidence else "",
             )
         )
-    return Diagnosis(tuple(rows), tuple(_blame(rows, proof if evidence else None)), samples)
+    return Diagnosis(tuple(rows), tuple(_blame(rows, proof if evidence else None)), samples, inputs)
 
 
 _LAYERS = ("Conv", "ConvTranspose", "MatMul", "Gemm", "LSTM", "GRU", "RNN", "Gather")
@@ -156,6 +160,7 @@ def _stream(
     with contextlib.ExitStack() as stack:
         truth_of = stack.enter_context(open_session(exposed(first, wanted), threads=threads))
         seen_of = stack.enter_context(open_session(exposed(second, wanted), threads=threads))
+        check_fit(truth_of, seen_of)
         pieces = stack.enter_context(open_session(cut(second, names), threads=threads))
         inputs = {port.name for port in pieces.inputs}
         shown.start("diagnose", feeder.len_hint() or 0)

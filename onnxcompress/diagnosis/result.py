@@ -34,11 +34,15 @@ class LayerRow:
 
 @dataclasses.dataclass(frozen=True)
 class Diagnosis:
-    """Layers in the order of the graph. `blamed`: the layers to look at, the first one first, with reasons."""
+    """Layers in the order of the graph. `blamed`: the layers to look at, the first one first, with reasons.
+
+    `inputs`: data or synthetic.
+    """
 
     layers: tuple[LayerRow, ...]
     blamed: tuple[tuple[str, str], ...]
     samples: int
+    inputs: str = "data"
 
     @property
     def healthy(self) -> bool:
@@ -49,4 +53,4 @@ class Diagnosis:
         """Plain data."""
         rows = [{**dataclasses.asdict(row), "excess": row.excess} for row in self.layers]
         blamed = [{"layer": layer, "reason": reason} for layer, reason in self.blamed]
-        return {"schema": 1, "samples": self.samples, "blamed": blamed, "layers": rows}
+        return {"schema": 1, "samples": self.samples, "inputs": self.inputs, "blamed": blamed, "layers": rows}

@@ -14,36 +14,35 @@ from onnxcompress.errors import ModelError
 from onnxcompress.runtime.session import Port, Session
 
 
-def check_fit(original: Session, compressed: Session) -> None:
+def check_fit(
+    original: Session, compressed: Session, one: str = "the original", other: str = "the compressed model"
+) -> None:
     """Inputs and outputs by name; types may differ in the width of floats only; fixed axes must agree.
+
+    `one`, `other`: what messages call the two.
 
     Raises:
         ModelError: naming the first input or output that does not fit.
     """
-    _check("input", original.inputs, compressed.inputs)
-    _check("output", original.outputs, compressed.outputs)
+    _check("input", original.inputs, compressed.inputs, one, other)
+    _check("output", original.outputs, compressed.outputs, one, other)
     names = {port.name for port in original.inputs}
     for port in compressed.inputs:
         if port.name not in names and not port.type.startswith("optional("):
-            raise ModelError(f"the compressed model wants an input {port.name!r} that the original does not have")
+            raise ModelError(f"{other} wants an input {port.name!r} that {one} does not have")
 
 
-def _check(what: str, original: Sequence[Port], compressed: Sequence[Port]) -> None:
+def _check(what: str, original: Sequence[Port], compressed: Sequence[Port], first: str, second: str) -> None:
     found = {port.name: port for port in compressed}
     for port in original:
         other = found.get(port.name)
         if other is None:
             has = ", ".join(found) or "none"
-            raise ModelError(f"the compressed model has no {what} {port.name!r} as the original has; it has: {has}")
+            raise ModelError(f"{second} has no {what} {port.name!r} as {first} has; it has: {has}")
         if port.type != other.type and not (_floating(port.type) and _floating(other.type)):
-            raise ModelError(
-                f"{what} {port.name!r} is {port.type} in the original, {other.type} in the compressed model"
-            )
+            raise ModelError(f"{what} {port.name!r} is {port.type} in {first}, {other.type} in {second}")
         if what == "input" and not _shapes_fit(port, other):
-            raise ModelError(
-                f"{what} {port.name!r} is {list(port.shape)} in the original, "
-                f"{list(other.shape)} in the compressed model"
-            )
+            raise ModelError(f"{what} {port.name!r} is {list(port.shape)} in {first}, {list(other.shape)} in {second}")
 
 
 def _floating(kind: str) -> bool:

@@ -320,7 +320,7 @@ def _findings(
     if metric and found is None:
         findings.append(Finding(Verdict.INCONCLUSIVE, ("the metric was not computed",)))
     if synthetic:
-        reason = "synthetic inputs: they show how far the outputs agree, and nothing of accuracy; give --data"
+        reason = "made-up inputs: they show how far the outputs agree, and nothing of accuracy; give --data"
         findings.append(Finding(Verdict.PASS, (reason,)))
     if same:
         findings.append(Finding(Verdict.PASS, ("both models are the same, byte for byte",)))

@@ -56,3 +56,16 @@ def test_diagnose(static: str) -> None:
     code, said, report = run("diagnose", CNN, static, "--data", DATA, "--limit", "16")
     assert (code, report["blamed"], report["samples"]) == (0, [], 16)
     assert said.splitlines()[-1] == "no layer stands out"
+
+
+def test_diagnose_tells_of_made_up_inputs(static: str) -> None:
+    code, said, report = run("diagnose", CNN, static)
+    assert report["inputs"] == "synthetic"
+    assert "made-up sample" in said.splitlines()[0]
+    assert ("made-up inputs may leave the ranges" in said) == (code == 1)
+    assert run("diagnose", CNN, static, "--data", DATA, "--limit", "8")[2]["inputs"] == "data"
+
+
+def test_counts_of_one_are_singular(static: str, tmp_path: pathlib.Path) -> None:
+    assert run("verify", static, "--parent", static)[1].splitlines()[-1] == "DOES NOT HOLD: 1 problem"
+    assert "cpu: 0 errors, " in run("lint", static)[1]

@@ -11,6 +11,7 @@ import pytest
 import onnxcompress as oc
 from onnxcompress.diagnosis import diagnose
 from onnxcompress.encodings import Affine
+from onnxcompress.errors import DataError, ModelError
 from tests.house import BUNDLED_QUICK, bundled, split
 
 KEY = "residual2.body.0.0.weight"
@@ -79,3 +80,18 @@ def test_a_weight_in_a_branch_is_named_with_its_path() -> None:
     weight.replace(Dense((weight.array() * 2).astype(np.float32)))
     found = diagnose(bundled("digits_gru"), model, data=split("digits_gru", "eval"), limit=16)
     assert found.blamed[0][0].startswith("logits/then/")
+
+
+def test_models_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ModelError, match="the compressed model has no input 'image' as the original has"):
+        diagnose(bundled("digits_cnn"), bundled("gloss_transformer"))
+    other = oc.load(bundled("digits_cnn"))
+    other.graph.outputs[0].name = "scores"
+    with pytest.raises(ModelError, match="the compressed model has no output 'logits' as the original has"):
+        diagnose(bundled("digits_cnn"), other)
+
+
+def test_data_without_a_finite_value_shows_nothing() -> None:
+    data = {"image": np.full((4, 1, 8, 8), np.nan, np.float32)}
+    with pytest.raises(DataError, match="no layer of the original computes a finite number"):
+        diagnose(bundled("digits_cnn"), bundled("digits_cnn"), data=data)

@@ -189,7 +189,7 @@ def test_nan_fails(task: dict[str, Any]) -> None:
 def test_made_up_inputs_say_so(task: dict[str, Any]) -> None:
     found = validate(task["good"], task["near"], latency=False)
     assert (found.verdict, found.inputs, found.score) == (Verdict.PASS, "synthetic", None)
-    assert any("synthetic inputs" in reason for reason in found.reasons)
+    assert any("made-up inputs" in reason for reason in found.reasons)
 
 
 def test_in_memory_models_and_limit(task: dict[str, Any]) -> None:
