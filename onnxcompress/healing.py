@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -89,6 +90,7 @@ def train(
             resume=resume,
             progress=progress or Silent(),
             on_epoch=lambda epoch: say(_told(epoch, settings.epochs)),
+            say=say,
             identity=identity,
         )
         evaluation, before = None, None
@@ -118,8 +120,18 @@ def train(
         provenance.write(trained, found)
         saved = save(trained, target)
     say(_summary(done))
+    if evaluation is not None and before is not None:
+        best = _best(done.epochs, evaluation.higher_is_better)
+        if best is not None and (best < before if evaluation.higher_is_better else best > before):
+            say(f"warning: the best epoch scores {best:.4f}, less well than the model before: {before:.4f}")
     say(f"{saved.path}: saved, {saved.bytes:,} bytes")
     return {**_report(done, errors), "before": before}
+
+
+def _best(epochs: Sequence[Epoch], higher: bool) -> float | None:
+    """The best score of any epoch."""
+    scores = [epoch.score for epoch in epochs if epoch.score is not None and not math.isnan(epoch.score)]
+    return (max if higher else min)(scores, default=None)
 
 
 def _check(objective: Objective, settings: Settings, evaluate: Any, metric: Any) -> None:

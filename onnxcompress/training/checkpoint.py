@@ -67,6 +67,11 @@ class Checkpoints:
         except OSError as error:
             raise SaveError(f"{self.path}: cannot be written: {error.strerror or error}") from error
 
+    @property
+    def foreign(self) -> bool:
+        """True when there is a checkpoint, but one that this training cannot go on from."""
+        return self.path is not None and self.path.exists() and self.load() is None
+
     def load(self) -> Checkpoint | None:
         """The checkpoint of this very training, or None."""
         if self.path is None:

@@ -127,6 +127,9 @@ def distill(
             write(candidate, graph.trained(values))
             return evaluation.score(candidate)
 
+        checkpoints = Checkpoints(conditions.work, identity(settings, objective, conditions.identity))
+        if conditions.resume and checkpoints.foreign:
+            conditions.say("what was kept is of other settings, data or versions: starting over")
         loop = Loop(
             graph,
             runner,
@@ -134,7 +137,7 @@ def distill(
             feeder,
             plan,
             schedule,
-            Checkpoints(conditions.work, identity(settings, objective, conditions.identity)),
+            checkpoints,
             conditions.progress,
             score if evaluation is not None else None,
             finished,

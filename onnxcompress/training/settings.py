@@ -95,7 +95,7 @@ class Evaluation:
 class Conditions:
     """Where and how a training runs; nothing of it but `provider` and `threads` may change the result.
 
-    `work`: folder for checkpoints and large arrays; None keeps no checkpoint.
+    `work`: folder for checkpoints and large arrays; None keeps no checkpoint. `say`: for lines a user should read.
     """
 
     provider: str = "cpu"
@@ -104,6 +104,7 @@ class Conditions:
     resume: bool = False
     progress: Progress = dataclasses.field(default_factory=Silent)
     on_epoch: Callable[[Epoch], None] | None = None
+    say: Callable[[str], None] = lambda text: None
     identity: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 

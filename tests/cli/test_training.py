@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 
 from tests.builders import floats, graph, info, model, node, tensors
@@ -244,6 +245,17 @@ def test_a_training_in_the_place_of_its_student(verb: str, here: pathlib.Path, c
         assert not np.array_equal(before[name], after[name])
         np.testing.assert_array_equal(after[name][before[name] == 0], 0)
     assert filenames(here) == ["m.onnx", "s.onnx", "x.npz"]
+
+
+def test_a_training_that_made_it_worse_says_so(here: pathlib.Path, capsys: Capture) -> None:
+    x = floats(64, 16)
+    z = onnxruntime.InferenceSession("m.onnx").run(None, {"x": x})[0]
+    np.savez(here / "x.npz", x=x, y=(z.argmax(-1) + 1) % 8)  # wrong labels to learn, right ones to be judged by
+    np.savez(here / "e.npz", x=x, y=z.argmax(-1))
+    given = ["train", "m.onnx", "--data", "x.npz", "-o", "o.onnx", "--epochs", "9", "--lr", "0.1"]
+    code, out, err = command(capsys, *given, "--metric", "accuracy", "--eval", "e.npz")
+    assert code == 0
+    assert "warning: the best epoch scores" in out + err
 
 
 def test_the_score_before_is_told_and_the_data_it_is_of_is_part_of_what_resumes(

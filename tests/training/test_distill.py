@@ -109,6 +109,16 @@ class _Killed(Exception):
     """What stands in for a kill."""
 
 
+def test_a_resume_with_other_settings_says_that_it_starts_over(tmp_path: pathlib.Path) -> None:
+    teacher = load(mlp())
+    student, given, said = pruned(teacher, 0.5), arrays(32), []
+    for lr, resume in ((0.01, False), (0.02, True)):
+        conditions = Conditions(work=tmp_path, resume=resume, say=said.append)
+        settings = Settings(epochs=2, batch=16, lr=lr)
+        distill(teacher, student, opened(student, given), settings=settings, conditions=conditions)
+    assert said == ["what was kept is of other settings, data or versions: starting over"]
+
+
 def test_an_interrupted_training_resumes_to_the_same_bytes(tmp_path: pathlib.Path, monkeypatch: Any) -> None:
     teacher = load(mlp())
     student, given = pruned(teacher, 0.5), arrays(64)
