@@ -111,7 +111,8 @@ class _Killed(Exception):
 
 def test_a_resume_with_other_settings_says_that_it_starts_over(tmp_path: pathlib.Path) -> None:
     teacher = load(mlp())
-    student, given, said = pruned(teacher, 0.5), arrays(32), []
+    student, given = pruned(teacher, 0.5), arrays(32)
+    said: list[str] = []
     for lr, resume in ((0.01, False), (0.02, True)):
         conditions = Conditions(work=tmp_path, resume=resume, say=said.append)
         settings = Settings(epochs=2, batch=16, lr=lr)
