@@ -213,7 +213,7 @@ class _Output:
 
     def result(self) -> OutputAgreement:
         numbers = self.kind in ("float", "integer")
-        counted = self.elements > 0 and numbers
+        counted = self.elements > self.bad_original and numbers
         exact = numbers and self.dd == 0 and self.max_abs == 0
         return OutputAgreement(
             name=self.name,

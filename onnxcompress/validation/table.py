@@ -79,6 +79,8 @@ def agreement_text(output: OutputAgreement) -> str:
         return f"does not fit: {output.mismatch}"
     if output.bit_equal:
         return f"equal bit for bit ({output.elements:,} values)"
+    if output.elements and output.elements == output.nonfinite_original:
+        return f"nothing to compare: all {output.elements:,} values of the original are NaN or Inf"
     if output.cosine is None:
         return f"{output.equal:.2%} of {output.elements:,} values equal"
     parts = [f"cosine {_near_one(output.cosine)}"]

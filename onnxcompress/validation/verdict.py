@@ -54,7 +54,8 @@ class Score:
 
     `drop`: original - compressed; where lower is better the relative rise, (compressed - original) / original.
     `bound` and `lower`: the drop is below / above this, with one-sided 95 % confidence each; None: there is no bound.
-    `method`: tango, bootstrap (with fewer than ten differing samples at least `rule_of_three`), or none.
+    `method`: tango, bootstrap (with fewer than ten differing samples, or where all resamples are the same, at least
+    `rule_of_three`), or none.
     `only_original`, `only_compressed`: how many samples only that model got right (proportions). `samples_needed`:
     about how many samples would decide, if more of them look like these. `looks`: all looks that were taken, this score
     being the last of them (`validation.sequential`); none where the samples were looked at once.
@@ -240,8 +241,9 @@ def _bootstrap(original: Samples, compressed: Samples, common: dict[str, Any], s
     if math.isnan(upper):
         return Score(**common, bound=None, lower=None, method="none", confidence=1 - alpha)
     needed, rare = None, rule_of_three(n, alpha)
-    if upper < rare and _differing(original, compressed) < _FEW:
-        # Resampling cannot show what too few samples have: the share of samples that may yet differ bounds the drop.
+    if upper < rare and (lower == upper or _differing(original, compressed) < _FEW):
+        # Resampling cannot show what too few samples have (an AUC of 1 stays 1 in every resample): the share of samples
+        # that may yet differ bounds the drop.
         upper = rare
         if budget is not None and lower <= budget < upper:
             needed = samples_needed(lambda m: rule_of_three(m, alpha) <= budget, n)

@@ -9,6 +9,7 @@ from onnxcompress.errors import MetricError
 from onnxcompress.validation import samples
 from onnxcompress.validation.agreement import Agreement
 from onnxcompress.validation.samples import Samples
+from onnxcompress.validation.table import agreement_text
 from onnxcompress.validation.verdict import Finding, Verdict, judge, judge_agreement, overall, score
 
 
@@ -99,6 +100,16 @@ def test_one_number_is_no_proof() -> None:
     assert "too few" in few.reasons[0]
 
 
+def test_a_perfect_auc_is_no_proof_of_no_drop() -> None:
+    label = np.arange(100) % 2
+    one, other = ({"score": label + spread * np.arange(100) / 1000, "label": label} for spread in (1, 2))
+    found = score("auc", Samples(one, samples.auc), Samples(other, samples.auc), max_drop=0.001)
+    assert (found.drop, found.lower) == (0, 0)
+    assert found.bound == pytest.approx(3 / 100, rel=0.02)
+    assert found.samples_needed == pytest.approx(3 / 0.001, rel=0.01)
+    assert judge(found).verdict is Verdict.INCONCLUSIVE
+
+
 def test_no_budget_passes_with_the_figures() -> None:
     finding = judge(score("accuracy", *shares(50, 40, 0)))
     assert finding.verdict is Verdict.PASS
@@ -128,6 +139,8 @@ def test_agreement_fails_on_nan_and_shapes() -> None:
     finding = judge_agreement(nothing.results())
     assert finding.verdict is Verdict.INCONCLUSIVE
     assert "all NaN or Inf" in finding.reasons[0]
+    assert nothing.results()[0].cosine is None
+    assert "nothing to compare" in agreement_text(nothing.results()[0])
     empty = Agreement()
     empty.update({"a": np.zeros((0, 4))}, {"a": np.zeros((0, 4))})
     assert judge_agreement(empty.results()).verdict is Verdict.INCONCLUSIVE
