@@ -48,11 +48,11 @@ def _lines(found: Health, verbose: bool) -> Iterator[str]:
     yield "providers:" if found.providers else "providers: none"
     for state in found.providers:
         kind = " (plugin)" if state.plugin else ""
-        yield f"  {state.name:10s} {'runs' if state.runs else f'does not run: {state.reason}'}{kind}"
+        yield f"  {state.name:12s} {'runs' if state.runs else f'does not run: {state.reason}'}{kind}"
         if state.mend:
-            yield f"  {'':10s} mend: {state.mend}"
+            yield f"  {'':12s} mend: {state.mend}"
     if verbose:
         for name, step in found.absent.items():
-            yield f"  {name:10s} not installed: {step}"
+            yield f"  {name:12s} not installed: {step}"
     elif found.absent:
         yield f"  not installed, -v says how: {', '.join(found.absent)}"

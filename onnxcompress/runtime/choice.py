@@ -41,7 +41,7 @@ class Choice:
         """Read `NAME[:OPTION[=VALUE],...]`; an option without a value is switched on.
 
         Raises:
-            OnnxCompressError: unknown provider, or an option without a name.
+            OnnxCompressError: unknown provider, an option without a name, or one that the provider does not have.
         """
         name, _, rest = text.partition(":")
         provider = provider_class(name)
@@ -50,6 +50,8 @@ class Choice:
             key, _, value = part.partition("=")
             if not key:
                 raise OnnxCompressError(f"provider {text}: write {name}:OPTION=VALUE,...")
+            if provider == "CPUExecutionProvider":  # ONNX Runtime would take any, and heed none
+                raise OnnxCompressError(f"provider {text}: cpu has no options; threads are set by --threads")
             if provider == "TensorrtExecutionProvider":
                 if key not in _TENSORRT and not key.startswith("trt_"):
                     words = ", ".join(_TENSORRT)

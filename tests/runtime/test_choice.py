@@ -22,6 +22,8 @@ def test_names_and_options() -> None:
         Choice.of("tensorrt:fp17")
     with pytest.raises(OnnxCompressError, match=r"write cuda:OPTION=VALUE"):
         Choice.of("cuda:=1")
+    with pytest.raises(OnnxCompressError, match="cpu has no options"):
+        Choice.of("cpu:num_of_threads=2")
 
 
 def test_tensorrt_in_our_words(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
