@@ -74,7 +74,6 @@ def _lines(found: Diagnosis, verbose: bool) -> list[str]:
         for row in rows
     ]
     lines += [f"{index}. {layer}: {reason}" for index, (layer, reason) in enumerate(found.blamed, 1)]
-    if found.inputs != "data" and not found.healthy:
-        lines.append("note: made-up inputs may leave the ranges that activations were quantized for; give --data")
+    lines += [f"note: {note}" for note in found.notes if not found.healthy]
     lines.append("no layer stands out" if found.healthy else f"look at {found.blamed[0][0]} first")
     return lines

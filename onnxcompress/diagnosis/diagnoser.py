@@ -126,7 +126,19 @@ def diagnose(
                 _suspect(name, made, proof) if evidence else "",
             )
         )
-    return Diagnosis(tuple(rows), tuple(_blame(rows, proof if evidence else None)), samples, inputs)
+    return Diagnosis(
+        tuple(rows), tuple(_blame(rows, proof if evidence else None)), samples, inputs, _notes(proof, inputs)
+    )
+
+
+def _notes(proof: Verification, inputs: str) -> tuple[str, ...]:
+    """What else may explain an error, besides a fault."""
+    notes = []
+    if inputs == "synthetic":
+        notes.append("made-up inputs may leave the ranges that activations were quantized for; give --data")
+    if proof.weights and not any(row.judged for row in proof.weights):
+        notes.append("the model was trained: its layers may compute something else than the original's without a fault")
+    return tuple(notes)
 
 
 _LAYERS = ("Conv", "ConvTranspose", "MatMul", "Gemm", "LSTM", "GRU", "RNN", "Gather")

@@ -36,13 +36,14 @@ class LayerRow:
 class Diagnosis:
     """Layers in the order of the graph. `blamed`: the layers to look at, the first one first, with reasons.
 
-    `inputs`: data or synthetic.
+    `inputs`: data or synthetic. `notes`: what else than a fault may explain an error.
     """
 
     layers: tuple[LayerRow, ...]
     blamed: tuple[tuple[str, str], ...]
     samples: int
     inputs: str = "data"
+    notes: tuple[str, ...] = ()
 
     @property
     def healthy(self) -> bool:
@@ -53,4 +54,11 @@ class Diagnosis:
         """Plain data."""
         rows = [{**dataclasses.asdict(row), "excess": row.excess} for row in self.layers]
         blamed = [{"layer": layer, "reason": reason} for layer, reason in self.blamed]
-        return {"schema": 1, "samples": self.samples, "inputs": self.inputs, "blamed": blamed, "layers": rows}
+        return {
+            "schema": 1,
+            "samples": self.samples,
+            "inputs": self.inputs,
+            "blamed": blamed,
+            "layers": rows,
+            "notes": self.notes,
+        }

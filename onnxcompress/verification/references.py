@@ -18,6 +18,7 @@ from onnxcompress.model.weights import Weight, weights
 from onnxcompress.recipe import Recipe, Step
 from onnxcompress.verification.structure import Anatomy
 
+TRAINED = ("distill ", "train ")  # how what the commands of these names record begins, which is no recipe
 EXACT = "lossless"  # the built-in recipe whose passes change the graph and leave what it computes
 
 
@@ -36,7 +37,8 @@ class References:
         names = {step.name for step in Recipe.load(EXACT).steps}
         at = next((i for i, step in enumerate(steps) if step.run.needs.calibration), 0)
         self.calibrated_as_it_was = all(step.name in names for step in steps[:at])
-        self.trained = any(step.run.needs.gradients for step in steps)
+        by_command = provenance is not None and provenance.recipe.startswith(TRAINED)
+        self.trained = by_command or any(step.run.needs.gradients for step in steps)
         self.model = self._rewritten(parent, steps)
         self.weights: dict[str, Weight] = {weight.key: weight for weight in weights(self.model)}
         self.anatomy = Anatomy(self.model, self.weights.values())
@@ -47,7 +49,7 @@ class References:
             self._fold(weight)
 
     def _steps(self, provenance: Provenance | None) -> list[Step]:
-        if provenance is None or not provenance.recipe:
+        if provenance is None or not provenance.recipe or provenance.recipe.startswith(TRAINED):
             return []
         if provenance.recipe.startswith("sha256:"):
             self.notes.append("the recipe is recorded by its digest alone: compared with the parent as it stands")

@@ -66,6 +66,19 @@ def test_diagnose_tells_of_made_up_inputs(static: str) -> None:
     assert run("diagnose", CNN, static, "--data", DATA, "--limit", "8")[2]["inputs"] == "data"
 
 
+@pytest.mark.parametrize("command", [["train"], ["distill", CNN]])
+def test_what_the_training_commands_write_holds(command: list[str], tmp_path: pathlib.Path) -> None:
+    out, diagnosis = str(tmp_path / "o.onnx"), ["diagnose", CNN]
+    code, _, _ = run(*command, CNN, "-o", out, "--data", DATA, "--epochs", "1", "--limit", "64", "--threads", "1")
+    assert code == 0
+    code, said, report = run("verify", out, "--parent", CNN)
+    assert (code, report["holds"], report["problems"]) == (0, True, [])
+    assert "told, not judged" in said
+    code, said, report = run(*diagnosis, out, "--data", DATA, "--limit", "8")
+    assert "elements differ" not in str(report["blamed"])
+    assert ("note: the model was trained" in said) == (code == 1)
+
+
 def test_counts_of_one_are_singular(static: str, tmp_path: pathlib.Path) -> None:
     assert run("verify", static, "--parent", static)[1].splitlines()[-1] == "DOES NOT HOLD: 1 problem"
     assert "cpu: 0 errors, " in run("lint", static)[1]
