@@ -26,7 +26,11 @@ def saturation(view: View) -> Iterator[Finding]:
             yield site.finding(
                 "saturation", level,
                 f"uint8 activations times these int8 weights reach {_reach(worst):,} in 16 bits, which hold 32,767: "
-                "a CPU without VNNI gives other results",
+                + (
+                    "a CPU without VNNI gives other results"
+                    if neighbours or any(pair_sum_bound(order, axis=1).saturates for order in orders)
+                    else "neighbours fit, which ONNX Runtime adds; a kernel without VNNI that adds others gives other results"
+                ),
                 f"keep weights within 64: onnxcompress quantize --target {view.target.name}, or overflow: reduced",
             )  # fmt: skip
 

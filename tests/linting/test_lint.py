@@ -303,6 +303,9 @@ def test_portable_refuses_what_saturates_and_what_only_one_runtime_knows() -> No
     spread = quantized(zero=ZERO, weight=within)
     assert "saturation" not in rules(spread, "cpu")  # no two neighbours overflow, in the order the CPU sums
     assert rules(spread, "portable")["saturation"].level == "error"
+    assert "neighbours fit" in rules(spread, "portable")["saturation"].message  # as validate says
+    over = quantized(zero=ZERO, weight=FULL)
+    assert "a CPU without VNNI gives other results" in rules(over, "portable")["saturation"].message
     assert "saturation" not in rules(quantized(zero=ZERO, weight=np.full((8, 8), 64, I8)), "portable")
     assert "saturation" in rules(quantized(zero=ZERO, weight=np.full((8, 8), 65, I8)), "portable")
     gelu = one("Gelu", ["x"], domain="com.microsoft")
