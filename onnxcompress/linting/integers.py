@@ -29,7 +29,7 @@ def saturation(view: View) -> Iterator[Finding]:
                 + (
                     "a CPU without VNNI gives other results"
                     if neighbours or any(pair_sum_bound(order, axis=1).saturates for order in orders)
-                    else "neighbours fit, which ONNX Runtime adds; a kernel without VNNI that adds others gives other results"
+                    else "neighbours fit, which ONNX Runtime adds; a kernel that adds others gives other results"
                 ),
                 f"keep weights within 64: onnxcompress quantize --target {view.target.name}, or overflow: reduced",
             )  # fmt: skip
