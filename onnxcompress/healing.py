@@ -89,7 +89,7 @@ def train(
             work=work,
             resume=resume,
             progress=progress or Silent(),
-            on_epoch=lambda epoch: say(_told(epoch, settings.epochs)),
+            on_epoch=lambda epoch: say(_told(epoch)),
             say=say,
             identity=identity,
         )
@@ -182,9 +182,9 @@ def _prove(before: ir.Model, after: ir.Model, source: Any) -> None:
         prover.prove(after)
 
 
-def _told(epoch: Epoch, epochs: int) -> str:
+def _told(epoch: Epoch) -> str:
     score = "" if epoch.score is None else f", score {epoch.score:.4f}"
-    return f"epoch {epoch.number} of {epochs}: loss {epoch.loss:.4f}{score}, {epoch.seconds:.0f} s"
+    return f"epoch {epoch.number} of {epoch.planned}: loss {epoch.loss:.4f}{score}, {epoch.seconds:.0f} s"
 
 
 def _summary(done: Trained) -> str:

@@ -96,7 +96,7 @@ def distill(
         feeder = Feeder(chosen, {s.output: t.output for s, t in pairs}, guide, all_samples)
         whole = bool(graph.running) or conditions.provider != "cpu"  # statistics of a batch are of all of it
         plan = Plan(
-            settings.epochs,
+            settings.epochs_of(max(1, all_samples.count // batch)),
             batch,
             size or (settings.batch if whole else samples.call_size(settings.batch)),
             settings.seed,

@@ -28,12 +28,13 @@ Feeds = Callable[[np.ndarray], Mapping[str, np.ndarray]]
 
 @dataclasses.dataclass(frozen=True)
 class Epoch:
-    """What one epoch did. `score`: of the model after it, where there is something to evaluate it on."""
+    """What one epoch of `planned` did. `score`: of the model after it, where there is something to evaluate it on."""
 
     number: int
     loss: float
     seconds: float
     score: float | None = None
+    planned: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +132,7 @@ class Loop:
         if epoch + 1 < self._plan.epochs:
             self._keep()
         if self._on_epoch is not None:
-            self._on_epoch(Epoch(epoch + 1, entry["loss"], time.monotonic() - began, score))
+            self._on_epoch(Epoch(epoch + 1, entry["loss"], time.monotonic() - began, score, self._plan.epochs))
 
     def _update(self, epoch: int, chosen: Sequence[np.ndarray]) -> None:
         step = self._at.step

@@ -23,12 +23,15 @@ BatchNorm = Literal["frozen", "trained"]
 BATCH_NORMS: tuple[str, ...] = ("frozen", "trained")
 RATES = {"adamw": 1e-3, "sgd": 1e-2}
 
+FEWEST_EPOCHS, MOST_EPOCHS, UPDATES = 3, 30, 300
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """How to train. The defaults heal a compressed model without tuning.
 
-    `batch`: samples an update. `lr`: peak learning rate; None is 1e-3 for AdamW, 1e-2 for SGD. `clip`: the norm
+    `epochs`: passes over the data; None is 3, or as many as make 300 updates, at most 30: a small set needs more of
+    them. `batch`: samples an update. `lr`: peak learning rate; None is 1e-3 for AdamW, 1e-2 for SGD. `clip`: the norm
     gradients are clipped to, None for not at all. `relative`: AdamW's steps are in proportion to each weight's
     magnitude, so that one learning rate serves every model; False gives textbook AdamW.
     `batch_norm`: "frozen" (what None means, but to `healing.train` from random weights) normalizes by the running
@@ -41,7 +44,7 @@ class Settings:
     `outputs`: names of the student's outputs to learn, empty for all. `patience`: see `loop.Plan`.
     """
 
-    epochs: int = 3
+    epochs: int | None = None
     batch: int = 32
     lr: float | None = None
     optimizer: str = "adamw"
@@ -76,6 +79,12 @@ class Settings:
             raise PassError(
                 f"sparsity_until: wanted a share of the steps, above 0 and up to 1, got {self.sparsity_until}"
             )
+
+    def epochs_of(self, updates: int) -> int:
+        """How many epochs of so many updates."""
+        if self.epochs is not None:
+            return self.epochs
+        return min(max(FEWEST_EPOCHS, -(-UPDATES // updates)), MOST_EPOCHS)
 
     @property
     def peak(self) -> float:

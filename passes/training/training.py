@@ -30,7 +30,7 @@ class Training(Pass):
     needs: ClassVar[Needs] = Needs(gradients=True)
 
     data: str = parameter("", "training data; the calibration data where none is given", file=True)
-    epochs: int = parameter(3, "passes over the data", ge=1)
+    epochs: int | None = parameter(None, "passes over the data; 3, or as many as make 300 updates, at most 30", ge=1)
     batch: int = parameter(32, "samples an update", ge=1)
     lr: float | None = parameter(
         None, "peak learning rate; " + ", ".join(f"{rate:g} for {name}" for name, rate in RATES.items()), gt=0
