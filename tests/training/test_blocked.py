@@ -164,6 +164,22 @@ def test_a_normalization_stays_blocked() -> None:
 
 
 @needs_kernels
+def test_channels_that_were_added_spoil_nothing() -> None:
+    """Where a root is taken of what is positive in every channel that there is, and -0.5 in those that were added."""
+    nodes = [
+        node("Conv", ["x", "w"], ["a"]),
+        node("Mul", ["a", "a"], ["b"]),
+        node("Add", ["b", "one"], ["c"]),
+        node("Sub", ["c", "half"], ["d"]),
+        node("Sqrt", ["d"], ["e"]),
+        node("Conv", ["e", "v"], ["y"]),
+    ]
+    arrays = {"one": np.ones((20, 1, 1), np.float32), "half": np.array([[[0.5]]], np.float32)}
+    w, v = floats(20, 16, 3, 3, seed=1) * 0.1, floats(16, 20, 1, 1, seed=2)
+    check(nodes, (2, 16, 6, 6), 4, w=w, v=v, **arrays)
+
+
+@needs_kernels
 def test_what_it_cannot_move_stays() -> None:
     """Grouped but not depthwise, and one-dimensional."""
     grouped = [node("Conv", ["x", "w"], ["y"], group=2)]

@@ -22,10 +22,11 @@ from onnxcompress.training.blocked.joining import join
 from onnxcompress.training.blocked.layout import DOMAIN, Layout, sizes
 
 FLOAT = ir.DataType.FLOAT
-# Elementwise operators that stay finite on the zeros of channels that were added.
+# Elementwise operators that stay finite whatever the channels that were added hold: what is no number there would reach
+# the others through the next convolution, zero weights or not.
 ELEMENTWISE = {
     *("Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid", "HardSwish", "Elu", "Selu", "Softplus", "Erf"),
-    *("Add", "Sub", "Mul", "Sum", "Min", "Max", "Neg", "Abs", "Sign", "Identity", "Cast", "Where", "Exp", "Sqrt"),
+    *("Add", "Sub", "Mul", "Sum", "Min", "Max", "Neg", "Abs", "Sign", "Identity", "Cast", "Where"),
     *("Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Equal", "And", "Or", "Not"),
 }
 
