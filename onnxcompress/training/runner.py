@@ -16,11 +16,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 
-from onnxcompress.errors import ModelError
 from onnxcompress.model import bridge
-from onnxcompress.runtime.session import Session, first_line, onnxruntime, open_session
+from onnxcompress.runtime.session import Session, onnxruntime, open_session
 from onnxcompress.training import blocked
 from onnxcompress.training.lanes import Feeds, Lane
 from onnxcompress.training.losses import LEAST, TOTAL
@@ -38,97 +36,6 @@ LANES = 4  # at most: each holds a gradient
 def cores() -> int:
     """How many threads this process may run at a time."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-class Bound:
-    """One session whose state swaps between two sets of buffers.
-
-    `state`: input name -> first value; the session's output `<name>.next` is its next value. `shared`: state of another
-    `Bound` that this one reads. `results`: names of its other outputs.
-    """
-
-    def __init__(
-        self,
-        model: ir.Model,
-        state: Mapping[str, np.ndarray],
-        constants: Mapping[str, np.ndarray],
-        results: Sequence[str],
-        provider: str,
-        threads: int,
-    ) -> None:
-        self._session = open_session(model, provider=provider, threads=threads, config=_CONFIG)
-        self._device = "cuda" if "CUDAExecutionProvider" in self._session.providers else "cpu"
-        self._inputs = {port.name for port in self._session.inputs}
-        self._results = list(results)
-        self._sets = [{name: self._on_device(array) for name, array in state.items()} for _ in range(2)]
-        self._now = 0
-        self._constants = {name: self._on_device(array) for name, array in constants.items() if name in self._inputs}
-        self._bindings = [self._bind(self._sets[i], self._sets[1 - i]) for i in range(2)]
-
-    def run(self, feeds: Mapping[str, np.ndarray], others: Mapping[str, View] | None = None) -> dict[str, np.ndarray]:
-        """One step. `others`: device values of inputs that are another's state.
-
-        Raises:
-            ModelError: a node failed.
-        """
-        binding = self._bindings[self._now]
-        for name, array in feeds.items():
-            if name in self._inputs:
-                binding.bind_cpu_input(name, np.asarray(array, order="C"))
-        for name, view in (others or {}).items():
-            if name in self._inputs:
-                view.bind_input(binding, name)
-        for name in self._results:
-            binding.bind_output(name, "cpu")
-        try:
-            self._session.raw.run_with_iobinding(binding)
-        except Exception as error:
-            raise ModelError(f"the training step failed: {first_line(error)}") from error
-        self._now = 1 - self._now
-        # State outputs were bound first, so the results are the last of them.
-        values = binding.get_outputs()[-len(self._results) :] if self._results else []
-        return {name: value.numpy() for name, value in zip(self._results, values, strict=True)}
-
-    @property
-    def values(self) -> dict[str, Any]:
-        """The state as it stands, on the device."""
-        return self._sets[self._now]
-
-    def read(self) -> dict[str, np.ndarray]:
-        """The state as arrays of its own."""
-        return {name: np.array(value.numpy()) for name, value in self.values.items()}
-
-    def previous(self) -> dict[str, np.ndarray]:
-        """The state before the last step, which the next one will overwrite."""
-        return {name: np.array(value.numpy()) for name, value in self._sets[1 - self._now].items()}
-
-    def write(self, state: Mapping[str, np.ndarray]) -> None:
-        """Set the state."""
-        for name, array in state.items():
-            self.values[name].update_inplace(np.asarray(array, order="C"))
-
-    def set_constants(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Change inputs that no step changes."""
-        for name, array in arrays.items():
-            if name in self._constants:
-                self._constants[name].update_inplace(np.asarray(array, order="C"))
-
-    def close(self) -> None:
-        """Release the session."""
-        self._bindings = []
-        self._session.close()
-
-    def _bind(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> Any:
-        binding = self._session.raw.io_binding()
-        for name, value in self._constants.items():
-            binding.bind_ortvalue_input(name, value)
-        for name, value in old.items():
-            binding.bind_ortvalue_input(name, value)
-            binding.bind_ortvalue_output(name + NEXT, new[name])
-        return binding
-
-    def _on_device(self, array: np.ndarray) -> Any:
-        return onnxruntime().OrtValue.ortvalue_from_numpy(np.asarray(array, order="C").copy(), self._device, 0)
 
 
 class Runner:
