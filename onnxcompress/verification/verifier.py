@@ -137,7 +137,7 @@ def _row(weight: Weight, references: References, other: structure.Anatomy) -> We
     encoding = weight.encoding
     layers = _layers(weight, other, references.anatomy)
     best: tuple[Judgement, str] | None = None
-    for against, reference, pruned_as in _candidates(weight, references):
+    for against, reference, pruned_as in _candidates(weight, references, other):
         if reference.shape != weight.shape:
             continue
         found = judge(encoding, reference, pruned_as=pruned_as)
@@ -169,18 +169,27 @@ def _row(weight: Weight, references: References, other: structure.Anatomy) -> We
 _NOTHING = Judgement(math.inf, math.inf, 0.0, 0, "the parent has no weight of this name and shape to compare it with")
 
 
-def _candidates(weight: Weight, references: References) -> Sequence[tuple[str, np.ndarray, np.ndarray | None]]:
-    """What the weight may be: (name, array, the parent's array where it is computed from that)."""
+def _candidates(
+    weight: Weight, references: References, other: structure.Anatomy
+) -> Sequence[tuple[str, np.ndarray, np.ndarray | None]]:
+    """What the weight may be: (name, array, the parent's array where it is computed from that).
+
+    Whether a convolution took in the BatchNormalization behind it, the graph says, as far as it kept the name. Found
+    by whichever fits better, a weight that forgot to take it in would pass, and one that is wrong would be compared
+    with what it is not made of.
+    """
     found: list[tuple[str, np.ndarray, np.ndarray | None]] = []
     same = references.weights.get(weight.key)
-    if same is not None:
+    norm = next((name for name, key in references.folded.items() if key == weight.key), "")
+    taken = _is_taken_in(norm, other)
+    if same is not None and taken is not True:
         array = same.array()
         found.append(("parent", array, None))
         integers = isinstance(weight.encoding, Affine) and weight.encoding.form == "integer"
         if array.ndim == 2 and integers:
             found.append(("parent, transposed", np.ascontiguousarray(array.T), None))
     folded = references.computed(weight.key)
-    if folded is not None:
+    if folded is not None and taken is not False:
         found.append(("parent with BatchNormalization", folded, same.array() if same is not None else folded))
     if isinstance(weight.encoding, Dense | Masked) and same is None and folded is None:
         found += [
@@ -191,6 +200,13 @@ def _candidates(weight: Weight, references: References) -> Sequence[tuple[str, n
     return found
 
 
+def _is_taken_in(norm: str, out: structure.Anatomy) -> bool | None:
+    """Whether another operator makes what the parent's BatchNormalization of this output made; None: nothing does."""
+    made = out.producers.get(norm)
+    node = made.producer() if made is not None else None
+    return None if node is None else node.op_type != "BatchNormalization"
+
+
 def _missing(
     rows: Sequence[WeightProof], references: References, problems: Sequence[Problem], out: structure.Anatomy
 ) -> list[Problem]:
@@ -198,9 +214,7 @@ def _missing(
     there = {row.key for row in rows}
     taken: set[str] = set()
     for name, keys in references.parameters.items():
-        made = out.producers.get(name)
-        node = made.producer() if made is not None else None
-        if node is not None and node.op_type != "BatchNormalization" and f"{name}.bias" in there:
+        if _is_taken_in(name, out) and f"{name}.bias" in there:
             taken |= keys
     said = " ".join(problem.message for problem in problems if problem.kind == "structure")
     found = []

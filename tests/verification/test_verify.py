@@ -14,7 +14,7 @@ from onnxcompress.encodings import Affine, Codebook, Dense, Masked, Sparse
 from onnxcompress.model.weights import Weight
 from onnxcompress.verification import Verification, verify
 from onnxcompress.verification.judge import judge
-from tests.builders import floats
+from tests.builders import affine, floats, graph, info, model, node, opened, tensors
 from tests.house import BUNDLED_QUICK, bundled, split
 
 PRUNED = {"magnitude-pruning": {"sparsity": 0.5}}
@@ -120,7 +120,52 @@ def test_a_zero_point_off_by_one_is_caught(files: dict[str, pathlib.Path]) -> No
     weight.replace(dataclasses.replace(encoding, zero_point=np.ones(encoding.scale.shape, np.int8)))
     found = found_in(model)
     assert kinds(found) == {KEY: "weight"}
-    assert next(row for row in found.weights if row.key == KEY).unexplained > 0.9 * weight.size
+    row = next(row for row in found.weights if row.key == KEY)
+    assert (
+        row.against == "parent with BatchNormalization"
+    )  # that is what it was quantized from, not what fits by chance
+    assert row.unexplained > 0.9 * weight.size
+
+
+def normalized(scale: float, *, folded: bool, raw: bool = False) -> ir.Model:
+    """A convolution and its BatchNormalization, which multiplies by `scale`.
+
+    `folded`: taken in by the convolution, which has a bias in its place. `raw`: but the weight is as it was.
+    """
+    array = floats(8, 4, 3, 3)
+    arrays = {"w": array * np.float32(scale) if folded and not raw else array}
+    if folded:
+        arrays["norm.bias"] = np.zeros(8, np.float32)
+        nodes = [node("Conv", ["x", "w", "norm.bias"], ["norm"])]
+    else:
+        arrays |= {name: np.zeros(8, np.float32) for name in ("beta", "mean")}
+        arrays |= {"gamma": np.full(8, scale, np.float32), "variance": np.ones(8, np.float32)}
+        norm = node("BatchNormalization", ["c", "gamma", "beta", "mean", "variance"], ["norm"], epsilon=0.0)
+        nodes = [node("Conv", ["x", "w"], ["c"]), norm]
+    nodes.append(node("Relu", ["norm"], ["y"]))
+    body = graph(nodes, [info("x", [1, 4, 6, 6])], [info("y", [1, 8, 4, 4])], tensors(**arrays))
+    return opened(model(body))
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.01, 3.0])
+def test_the_graph_says_whether_a_weight_took_in_its_normalization(scale: float) -> None:
+    parent = normalized(scale, folded=False)
+    for folded, against in ((False, "parent"), (True, "parent with BatchNormalization")):
+        made = normalized(scale, folded=folded)
+        found = verify(made, parent)
+        assert found.problems == ()
+        assert {row.key: row.against for row in found.weights}["w"] == against
+        weight = held(made, "w")
+        right = affine(weight.array(), "dequantize-linear", axis=0)
+        weight.replace(dataclasses.replace(right, zero_point=np.ones(right.scale.shape, np.int8)))
+        row = next(row for row in verify(made, parent).weights if row.key == "w")
+        assert row.against == against
+        assert row.unexplained >= weight.size - 8  # the largest of each of 8 channels may have been cut off
+
+
+def test_a_weight_that_did_not_take_in_the_normalization_that_is_gone_is_caught() -> None:
+    found = verify(normalized(1.01, folded=True, raw=True), normalized(1.01, folded=False))
+    assert kinds(found) == {"w": "weight"}
 
 
 @pytest.mark.parametrize("form", ["pruned", "sparse", "shared", "static"])
