@@ -2,7 +2,7 @@
 
 In order: local functions are inlined; opsets 13 to 16 become 17 (ScatterElements with addition, LayerNormalization);
 constants move out of the bodies of If, Loop and Scan, where no weight could be reached; types and shapes are inferred;
-and an operator without a rule that is defined by other operators is replaced by its definition, ours (`definitions.py`)
+and an operator without a rule that is defined by other operators is replaced by its definition, ours (`definitions/`)
 or the one in the ONNX standard (Attention, RotaryEmbedding, GroupNormalization, the losses and more).
 """
 
@@ -15,8 +15,9 @@ import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common
 
+import onnxcompress.autodiff.definitions as _definitions  # noqa: F401  fills the table
 from onnxcompress.autodiff.builder import Builder, graphs_of
-from onnxcompress.autodiff.definitions import DEFINITIONS, Call
+from onnxcompress.autodiff.definition import DEFINITIONS, Call
 from onnxcompress.autodiff.rule import RULES, ZERO
 from onnxcompress.errors import ModelError
 from onnxcompress.model.shapes import shapes

@@ -8,8 +8,9 @@ from __future__ import annotations
 import inspect
 import re
 
+import onnxcompress.autodiff.definitions as _definitions  # noqa: F401  fills the table
 import onnxcompress.autodiff.rules as _rules  # noqa: F401  fills the table
-from onnxcompress.autodiff.definitions import DEFINITIONS
+from onnxcompress.autodiff.definition import DEFINITIONS
 from onnxcompress.autodiff.rule import FAMILIES, PARTIALS, RULES, STRAIGHT_THROUGH, ZERO, Rule
 
 BY_STANDARD = (
