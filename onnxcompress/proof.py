@@ -17,7 +17,7 @@ import onnx_ir as ir
 from onnxcompress.data.sizes import candidate_sizes
 from onnxcompress.data.synthetic import synthetic_feeds
 from onnxcompress.errors import DataError, ModelError, PassError
-from onnxcompress.model import bridge
+from onnxcompress.model import bridge, valid
 from onnxcompress.model.limits import DEFAULT
 from onnxcompress.model.sizes import tensor_bytes
 from onnxcompress.model.weights import weights
@@ -154,9 +154,8 @@ def expanded_bytes(model: ir.Model) -> int:
 
 
 def _check(model: ir.Model) -> None:
-    """The checker of onnx, without its shape inference, which cannot see through every custom domain."""
     try:
-        onnx.checker.check_model(bridge.to_proto(model), full_check=False)
+        valid.check(bridge.to_proto(model))
     except onnx.checker.ValidationError as error:
         said = " ".join(str(error).split())
         raise PassError(f"what it made is not valid ONNX: {said[:300]}") from error

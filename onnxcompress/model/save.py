@@ -20,7 +20,7 @@ import onnx
 import onnx_ir as ir
 
 from onnxcompress.errors import ModelError, SaveError
-from onnxcompress.model import bridge, durable
+from onnxcompress.model import bridge, durable, valid
 from onnxcompress.model.limits import DEFAULT, Limits
 from onnxcompress.model.load import source_of
 
@@ -108,7 +108,7 @@ def refuse_bad_target(target: pathlib.Path, model: ir.Model) -> None:
     """
     if len(os.fsencode(target.name)) > _LONGEST_NAME:
         raise SaveError(f"{target.name[:40]}...: the name is too long; the longest is {_LONGEST_NAME} bytes")
-    if _as_utf8(target) is None:
+    if valid.as_utf8(target) is None:
         raise SaveError(f"{os.fsencode(target)!r}: the name is not valid UTF-8, which onnx asks for")
     if target.is_dir():
         raise SaveError(f"{target}: is a folder; name a file in it")
@@ -120,14 +120,6 @@ def refuse_bad_target(target: pathlib.Path, model: ir.Model) -> None:
     for _, data in source.files if source is not None else ():
         if target.exists() and data.exists() and target.samefile(data):
             raise SaveError(f"{target}: holds the external data of {source.path if source else ''}; name another file")
-
-
-def _as_utf8(path: pathlib.Path) -> str | None:
-    """The path as onnx and protobuf take it, whatever the locale; None where its bytes are not UTF-8."""
-    try:
-        return os.fsencode(path).decode("utf-8")
-    except UnicodeDecodeError:
-        return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,7 +238,7 @@ def _write_model(data: bytes, target: pathlib.Path, check: bool) -> None:
             raise SaveError(f"{target}: the model did not read back as written; check the disk")
         if check:
             try:
-                onnx.checker.check_model(_as_utf8(temporary) or data)
+                valid.check_file(temporary, data)
             except onnx.checker.ValidationError as error:
                 said = " ".join(str(error).split())[:300]
                 raise SaveError(f"{target}: the model is not valid and was not written: {said}") from error
