@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import click
@@ -33,7 +37,8 @@ def run_compress(model: pathlib.Path, recipe: Any, report: Report, *, out: pathl
     keep_inputs(report, out, given.get("calibration"), given.get("evaluate"), models=[model])
     shown = progress(report.quiet)
     try:
-        return compress(model, recipe, out=out, progress=shown, on_step=report.step, **given)
+        with _ended_like_an_interrupt():
+            return compress(model, recipe, out=out, progress=shown, on_step=report.step, **given)
     except KeyboardInterrupt:
         shown.done()
         interrupted(out, "from the last pass, or within a training from its last epoch")
@@ -71,17 +76,18 @@ def run_training(
     settings, objective = chosen({**given, "seed": given["seed"] or 0, "select": select})
     shown = progress(quiet)
     try:
-        done = train(
-            teacher,
-            student,
-            out,
-            reading=options.reading(labels, mapping, preprocess, limit),
-            settings=settings,
-            objective=objective,
-            progress=shown,
-            say=report.say,
-            **{name: given[name] for name in _CONDITIONS if name in given},
-        )
+        with _ended_like_an_interrupt():
+            done = train(
+                teacher,
+                student,
+                out,
+                reading=options.reading(labels, mapping, preprocess, limit),
+                settings=settings,
+                objective=objective,
+                progress=shown,
+                say=report.say,
+                **{name: given[name] for name in _CONDITIONS if name in given},
+            )
     except KeyboardInterrupt:
         shown.done()
         interrupted(out, "from the last epoch")
@@ -94,6 +100,19 @@ def run_training(
             report.say(f"    {entry['weight']}: left: {entry['reason']}")
     report.write(done)
     return 0
+
+
+@contextlib.contextmanager
+def _ended_like_an_interrupt() -> Iterator[None]:
+    """Within it SIGTERM, which a scheduler sends, ends the work as Ctrl-C does: tidily, and with a word on resuming."""
+    if threading.current_thread() is not threading.main_thread():  # the handler is another's to set
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def interrupted(out: pathlib.Path, whence: str) -> NoReturn:
