@@ -6,7 +6,7 @@ import dataclasses
 import math
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import onnx_ir as ir
@@ -23,9 +23,9 @@ from onnxcompress.model.save import refuse_bad_target, save
 from onnxcompress.proof import Prover
 from onnxcompress.resume import workplace
 from onnxcompress.runtime.session import open_session
+from onnxcompress.training.checkpoint import Epoch
 from onnxcompress.training.distill import Conditions, Evaluation, Settings, Trained, distill, write
 from onnxcompress.training.initial import randomize
-from onnxcompress.training.loop import Epoch
 from onnxcompress.training.runner import cores
 from onnxcompress.training.targets import Objective
 from onnxcompress.validation.metrics import metric_named
@@ -54,8 +54,9 @@ def train(
     """Train the model at `student` and save it at `out`; returns the report.
 
     `init` "random" draws the weights anew first (`initial.randomize`); BatchNormalization is then trained, too, where
-    the settings do not say. `evaluate`, `metric`: what the best epoch is kept by. `threads`: None for as many as there
-    are cores; the result does not depend on it.
+    the settings do not say. `evaluate`, `metric`: what the best epoch is kept by; the weights that came in are epoch 0,
+    so that the result is never worse than they are, but with random ones and with gradual pruning. `threads`: None for
+    as many as there are cores; the result does not depend on it.
 
     Raises:
         OnnxCompressError: one line; nothing is written.
@@ -95,8 +96,11 @@ def train(
         )
         evaluation, before = None, None
         if judged is not None:
-            evaluation, before = _evaluation(model, judged, metric)
+            evaluation = _evaluation(model, judged, metric)
+            before = evaluation.before
             say(f"before: score {before:.4f}")
+            if init == "random":  # what was drawn is no model that anybody came with
+                evaluation = dataclasses.replace(evaluation, before=None)
         done = distill(
             original,
             model,
@@ -121,17 +125,33 @@ def train(
         saved = save(trained, target)
     say(_summary(done))
     if evaluation is not None and before is not None:
-        best = _best(done.epochs, evaluation.higher_is_better)
-        if best is not None and (best < before if evaluation.higher_is_better else best > before):
-            say(f"warning: the best epoch scores {best:.4f}, less well than the model before: {before:.4f}")
+        say(_choice(done, before, evaluation.higher_is_better))
     say(f"{saved.path}: saved, {saved.bytes:,} bytes")
-    return {**_report(done, errors), "before": before}
+    used = {**done.used, "init": init, "provider": provider, "metric": None if metric is None else str(metric)}
+    digests = {name: identity[name] for name in ("teacher", "student", "data", "evaluate")}
+    return {
+        **_report(done, errors),
+        "before": before,
+        "kept_epoch": done.kept,
+        "settings": used,
+        "sha256": digests,
+        "versions": provenance.versions(),
+    }
 
 
-def _best(epochs: Sequence[Epoch], higher: bool) -> float | None:
-    """The best score of any epoch."""
-    scores = [epoch.score for epoch in epochs if epoch.score is not None and not math.isnan(epoch.score)]
-    return (max if higher else min)(scores, default=None)
+def _choice(done: Trained, before: float, higher: bool) -> str:
+    """Which epoch was kept, in words."""
+    scores = [epoch.score for epoch in done.epochs if epoch.score is not None and not math.isnan(epoch.score)]
+    best = (max if higher else min)(scores, default=math.nan)
+    if done.kept == 0:
+        return f"kept the model as it came in, which scores {before:.4f}: the best epoch scores {best:.4f}"
+    if done.kept is None:
+        return f"warning: no epoch has a score; the last one is kept, the model before scores {before:.4f}"
+    score = done.epochs[done.kept - 1].score
+    assert score is not None
+    told = f"kept epoch {done.kept}, which scores {score:.4f}, {before:.4f} before"
+    is_worse = score < before if higher else score > before
+    return f"warning: {told}: it is worse" if is_worse else told
 
 
 def _check(objective: Objective, settings: Settings, evaluate: Any, metric: Any) -> None:
@@ -153,8 +173,8 @@ def _digest(model: ir.Model | None) -> str:
     return source.sha256 if source is not None else ""
 
 
-def _evaluation(model: ir.Model, source: Data, metric: Any) -> tuple[Evaluation, float]:
-    """What epochs are judged by, and the score before the first.
+def _evaluation(model: ir.Model, source: Data, metric: Any) -> Evaluation:
+    """What epochs are judged by, with the score before the first.
 
     On one thread: which epoch is best must not depend on the last bit.
     """
@@ -166,7 +186,7 @@ def _evaluation(model: ir.Model, source: Data, metric: Any) -> tuple[Evaluation,
         with open_session(candidate) as session:
             return evaluator(session.run, source).score()
 
-    return Evaluation(score, first.higher_is_better), first.score()
+    return Evaluation(score, first.higher_is_better, first.score())
 
 
 def _prove(before: ir.Model, after: ir.Model, source: Any) -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
+import os
 import pathlib
 import zipfile
-from collections.abc import Mapping
 
 import numpy as np
 
@@ -18,17 +17,32 @@ _HEADER = "header"
 FILE = "training.npz"
 
 
+@dataclasses.dataclass(frozen=True)
+class Epoch:
+    """What one epoch of `planned` did, counted from 1. `loss`: the mean over its updates.
+
+    `score`: of the model after it, where there is something to evaluate it on.
+    """
+
+    number: int
+    loss: float
+    seconds: float
+    score: float | None = None
+    planned: int = 0
+
+
 @dataclasses.dataclass
 class Checkpoint:
-    """`step`: updates done. `state`: parameters and optimizer state by input name. `best`: the parameters of the best
-    epoch so far, with its `score`. `history`: one entry a finished epoch. `sums`: loss and count of the epoch begun."""
+    """`step`: updates done. `state`: parameters and optimizer state by input name. `history`: the finished epochs.
+    `best`: the parameters of the best of them, `kept` its number (0: none is kept). `sums`: loss, updates and seconds
+    of the epoch begun."""
 
     step: int
     state: dict[str, np.ndarray]
     best: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    score: float | None = None
-    history: list[dict[str, float]] = dataclasses.field(default_factory=list)
-    sums: tuple[float, int] = (0.0, 0)
+    kept: int = 0
+    history: list[Epoch] = dataclasses.field(default_factory=list)
+    sums: tuple[float, int, float] = (0.0, 0, 0.0)
 
 
 class Checkpoints:
@@ -43,7 +57,7 @@ class Checkpoints:
         return None if self._folder is None else self._folder / FILE
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Replace what was kept.
+        """Replace what was kept. Arrays go to the file one after the other, none is held a second time.
 
         Raises:
             SaveError: the folder cannot be written.
@@ -53,16 +67,19 @@ class Checkpoints:
         header = {
             "identity": self._identity,
             "step": checkpoint.step,
-            "score": checkpoint.score,
-            "history": checkpoint.history,
+            "kept": checkpoint.kept,
+            "history": [dataclasses.asdict(epoch) for epoch in checkpoint.history],
             "sums": checkpoint.sums,
         }
-        arrays = {f"state:{name}": array for name, array in checkpoint.state.items()}
+        arrays = {_HEADER: np.frombuffer(json.dumps(header).encode(), np.uint8)}
+        arrays |= {f"state:{name}": array for name, array in checkpoint.state.items()}
         arrays |= {f"best:{name}": array for name, array in checkpoint.best.items()}
         try:
             with durable.temporary(self.path) as temporary:
-                with durable.synced(temporary) as file:
-                    _write(file, {_HEADER: np.frombuffer(json.dumps(header).encode(), np.uint8), **arrays})
+                with open(temporary, "wb") as file:
+                    np.savez(file, **arrays)  # type: ignore[arg-type]  # its options have other names
+                    file.flush()
+                    os.fsync(file.fileno())
                 durable.replace(temporary, self.path)
         except OSError as error:
             raise SaveError(f"{self.path}: cannot be written: {error.strerror or error}") from error
@@ -82,28 +99,19 @@ class Checkpoints:
                 if header["identity"] != self._identity:
                     return None
                 arrays = {name: stored[name] for name in stored.files if name != _HEADER}
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            loss, updates, seconds = header["sums"]
+            return Checkpoint(
+                step=header["step"],
+                state={n.removeprefix("state:"): a for n, a in arrays.items() if n.startswith("state:")},
+                best={n.removeprefix("best:"): a for n, a in arrays.items() if n.startswith("best:")},
+                kept=header["kept"],
+                history=[Epoch(**epoch) for epoch in header["history"]],
+                sums=(loss, updates, seconds),
+            )
+        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
             return None  # none, or an unreadable one: the training starts over
-        return Checkpoint(
-            step=header["step"],
-            state={n.removeprefix("state:"): a for n, a in arrays.items() if n.startswith("state:")},
-            best={n.removeprefix("best:"): a for n, a in arrays.items() if n.startswith("best:")},
-            score=header["score"],
-            history=header["history"],
-            sums=(header["sums"][0], header["sums"][1]),
-        )
 
     def remove(self) -> None:
         """Take it away."""
         if self.path is not None:
             self.path.unlink(missing_ok=True)
-
-
-def _write(file: durable.HashingWriter, arrays: Mapping[str, np.ndarray]) -> None:
-    """An uncompressed .npz, one member after the other (numpy's own wants a file it can seek in)."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
-        for name, array in arrays.items():
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, np.asanyarray(array, order="C"), allow_pickle=False)
-    file.write(buffer.getbuffer())

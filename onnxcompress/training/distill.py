@@ -20,13 +20,14 @@ from onnxcompress.training.average import Average
 from onnxcompress.training.checkpoint import Checkpoints
 from onnxcompress.training.feeding import Feeder
 from onnxcompress.training.gradual import Gradual, restated, rise
-from onnxcompress.training.loop import Epoch, Loop, Plan
+from onnxcompress.training.loop import Loop, Plan, is_better
 from onnxcompress.training.result import Trained, told, write
 from onnxcompress.training.runner import Runner
 from onnxcompress.training.schedules import Schedule
 from onnxcompress.training.settings import Conditions, Evaluation, Settings, identity
 from onnxcompress.training.targets import Objective
 from onnxcompress.training.teacher import Teacher
+from onnxcompress.training.words import used
 from onnxcompress.training.zeros import Keeping
 
 __all__ = ["Conditions", "Evaluation", "Settings", "Trained", "distill", "write"]
@@ -48,6 +49,10 @@ def distill(
     `original` None: labels alone. Neither model is changed. Labels are not needed with a teacher; a causal language
     model without any learns its own next tokens beside the teacher's. `reference`: what the student was made from,
     where that is not the teacher; it tells pruned zeros from others.
+
+    Where the evaluation knows the score `before`, the student as it came in is epoch 0: where it scores better than
+    every epoch, no parameters are returned. An epoch that scores the same goes before it. With gradual pruning there is
+    no epoch 0, since it has not the sparsity that is asked for.
 
     Raises:
         ModelError: teacher and student do not fit.
@@ -95,15 +100,14 @@ def distill(
         chosen = feeding.cached(chosen, pairs, guide, all_samples, size or settings.batch, conditions)
         feeder = Feeder(chosen, {s.output: t.output for s, t in pairs}, guide, all_samples)
         whole = bool(graph.running) or conditions.provider != "cpu"  # statistics of a batch are of all of it
+        order = samples.Order(all_samples.count, batch, settings.seed)
         plan = Plan(
-            settings.epochs_of(max(1, all_samples.count // batch)),
-            batch,
+            settings.epochs_of(all_samples.count / batch),
             size or (settings.batch if whole else samples.call_size(settings.batch)),
-            settings.seed,
             settings.patience,
             evaluation.higher_is_better if evaluation else True,
         )
-        total = plan.steps(all_samples) * plan.epochs
+        total = order.updates(plan.epochs)
         schedule = Schedule(settings.peak, total, settings.schedule, settings.warmup)
         runner = stack.enter_context(
             Runner(graph, provider=conditions.provider, threads=conditions.threads, same_shapes=not all_samples.groups)
@@ -114,12 +118,6 @@ def distill(
             stack.callback(average.close)
         if settings.sparsity is not None:
             gradual = Gradual(graph, rise(settings.sparsity, total, settings.sparsity_until))
-        history: list[Epoch] = []
-
-        def finished(epoch: Epoch) -> None:
-            history.append(epoch)
-            if conditions.on_epoch is not None:
-                conditions.on_epoch(epoch)
 
         def score(values: Mapping[str, np.ndarray]) -> float:
             assert evaluation is not None
@@ -133,18 +131,24 @@ def distill(
         loop = Loop(
             graph,
             runner,
-            all_samples,
+            order,
             feeder,
             plan,
             schedule,
             checkpoints,
             conditions.progress,
             score if evaluation is not None else None,
-            finished,
+            conditions.on_epoch,
             average,
             gradual,
         )
         values = loop.run(resume=conditions.resume)
     losses = {target.head.output: told(target, objective) for target in chosen}
     losses |= dict.fromkeys(alone, "not learned, the teacher has no such output")
-    return Trained(graph.trained(values), history, graph.left, losses, loop.steps)
+    parameters, left, kept = graph.trained(values), graph.left, loop.kept
+    before = evaluation.before if evaluation is not None and gradual is None else None
+    if before is not None and is_better(before, loop.score, plan.higher_is_better):
+        why = "left as it came in: no epoch scores as well"
+        parameters, left, kept = {}, {**left, **dict.fromkeys(parameters, why)}, 0
+    in_force = used(settings, objective, chosen, epochs=plan.epochs, batch=batch)
+    return Trained(parameters, loop.history, left, losses, loop.steps, kept, in_force)

@@ -38,6 +38,35 @@ class Feeder:
             feeds |= target.feeds(indices, logits, valid, cut)
         return feeds
 
+    def not_finite(self, indices: np.ndarray) -> str:
+        """Which of these samples holds a number that is none, and where, in words; nothing where all is finite.
+
+        Samples are counted from 0, as the data has them.
+        """
+        for name, array in self._samples.feeds.items():
+            if told := _first(array[indices], indices):
+                return f"{told} in the input {name!r}"
+        if self._samples.labels is not None and (told := _first(self._samples.labels[indices], indices)):
+            return f"{told} in its label"
+        has_teacher = any(target.soft for target in self._targets)
+        logits = self._guide.logits(self._samples.call(indices)[0]) if has_teacher else {}
+        for name, array in logits.items():
+            if told := _first(array, indices):
+                return f"the teacher gives no number: {told} in its output {name!r}"
+        return ""
+
+
+def _first(array: np.ndarray, indices: np.ndarray) -> str:
+    """The first sample of `indices` whose row holds nan or an infinity, in words."""
+    if array.dtype.kind != "f" or len(array) != len(indices):
+        return ""
+    rows = np.asarray(array).reshape(len(array), -1)
+    bad = ~np.isfinite(rows)
+    if not bad.any():
+        return ""
+    row, at = np.argwhere(bad)[0]
+    return f"sample {indices[row]} holds {rows[row, at]}"
+
 
 def cached(
     chosen: Sequence[Target],

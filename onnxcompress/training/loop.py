@@ -6,54 +6,52 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 
 from onnxcompress.contract import Progress
 from onnxcompress.errors import PassError
 from onnxcompress.training.average import Average
-from onnxcompress.training.checkpoint import Checkpoint, Checkpoints
+from onnxcompress.training.checkpoint import Checkpoint, Checkpoints, Epoch
+from onnxcompress.training.culprit import first_not_finite
 from onnxcompress.training.gradual import Gradual
 from onnxcompress.training.runner import Runner
-from onnxcompress.training.samples import Samples, calls
+from onnxcompress.training.samples import Order, split
 from onnxcompress.training.schedules import Schedule
 from onnxcompress.training.step import TrainingGraph
 
 SAVED_EVERY = 30.0  # seconds between checkpoints within an epoch
 
-Feeds = Callable[[np.ndarray], Mapping[str, np.ndarray]]
-"""All inputs of one call but parameters and scalars, for the samples of these indices."""
 
+class Feeds(Protocol):
+    """What a call is fed with."""
 
-@dataclasses.dataclass(frozen=True)
-class Epoch:
-    """What one epoch of `planned` did. `score`: of the model after it, where there is something to evaluate it on."""
+    def __call__(self, indices: np.ndarray) -> Mapping[str, np.ndarray]:
+        """All inputs of one call but parameters and scalars, for the samples of these indices."""
 
-    number: int
-    loss: float
-    seconds: float
-    score: float | None = None
-    planned: int = 0
+    def not_finite(self, indices: np.ndarray) -> str:
+        """Which of these samples holds a number that is none, and where, in words; nothing where all is finite."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How long and in which steps: `batch` samples an update, at most `call` of them in one run of the graph.
+    """How long, and which epoch is the best. `call`: samples of an update that one run of the graph takes.
 
     `patience`: epochs without a better score after which training ends; the best one's parameters are returned.
     """
 
     epochs: int
-    batch: int
     call: int
-    seed: int
     patience: int | None = None
     higher_is_better: bool = True
 
-    def steps(self, samples: Samples) -> int:
-        """Updates an epoch."""
-        return samples.count // min(self.batch, samples.count)
+
+def is_better(score: float, than: float | None, higher: bool = True) -> bool:
+    """Whether `score` is better, which nan never is, and any number is than none."""
+    if than is None or math.isnan(than):
+        return not math.isnan(score)
+    return score > than if higher else score < than
 
 
 class Loop:
@@ -67,7 +65,7 @@ class Loop:
         self,
         graph: TrainingGraph,
         runner: Runner,
-        samples: Samples,
+        order: Order,
         feeds: Feeds,
         plan: Plan,
         schedule: Schedule,
@@ -78,10 +76,11 @@ class Loop:
         average: Average | None = None,
         gradual: Gradual | None = None,
     ) -> None:
-        self._graph, self._runner, self._samples, self._feeds = graph, runner, samples, feeds
+        self._graph, self._runner, self._order, self._feeds = graph, runner, order, feeds
         self._plan, self._schedule, self._checkpoints, self._progress = plan, schedule, checkpoints, progress
         self._score, self._on_epoch, self._average, self._gradual = score, on_epoch, average, gradual
         self._at = Checkpoint(0, {})
+        self._began = 0.0
 
     def run(self, *, resume: bool = False) -> dict[str, np.ndarray]:
         """Train to the end; the parameters by leaf (of the best epoch where there is a score).
@@ -89,17 +88,17 @@ class Loop:
         Raises:
             PassError: the loss or the gradient is no longer finite; the last good state is kept as the checkpoint.
         """
-        per_epoch = self._plan.steps(self._samples)
         found = self._checkpoints.load() if resume else None
         if found is not None:
             self._at = found
             self._restore(found.state)
-        self._progress.start("training", per_epoch * self._plan.epochs)
+            found.state = {}
+            for epoch in found.history:
+                self._tell(epoch)
+        self._progress.start("training", self._order.updates(self._plan.epochs))
         self._progress.step(self._at.step)
-        for epoch in range(self._at.step // per_epoch, self._plan.epochs):
-            self._epoch(epoch, per_epoch)
-            if self._is_enough():
-                break
+        while len(self._at.history) < self._plan.epochs and not self._is_enough():
+            self._epoch(len(self._at.history))
         self._progress.done()
         return self._at.best or self._values()
 
@@ -108,31 +107,52 @@ class Loop:
         """Updates done."""
         return self._at.step
 
-    def _epoch(self, epoch: int, per_epoch: int) -> None:
-        began = saved = time.monotonic()
-        order = self._samples.order(self._plan.seed, epoch)
-        updates = list(calls(order, self._plan.batch, self._plan.call))
-        for index in range(self._at.step - epoch * per_epoch, per_epoch):
-            self._update(epoch, updates[index])
+    @property
+    def history(self) -> list[Epoch]:
+        """The epochs done, also those before an interrupt."""
+        return self._at.history
+
+    @property
+    def kept(self) -> int | None:
+        """The number of the epoch whose parameters `run` returned; None: nothing was evaluated, it was the last."""
+        return self._at.kept or None
+
+    @property
+    def score(self) -> float | None:
+        """That of the epoch `kept`."""
+        return self._at.history[self._at.kept - 1].score if self._at.kept else None
+
+    def _epoch(self, epoch: int) -> None:
+        self._began = time.monotonic() - self._at.sums[2]
+        saved = time.monotonic()
+        for update in range(self._at.step, self._order.updates(epoch + 1)):
+            self._update(epoch, split(self._order.samples(update), self._plan.call))
             if time.monotonic() - saved > SAVED_EVERY:
                 self._keep()
                 saved = time.monotonic()
-        loss, count = self._at.sums
-        entry = {"loss": loss / max(1, count)}
-        self._at.sums = (0.0, 0)
-        score = None
-        if self._score is not None:
-            parameters = self._values()
-            score = self._score(parameters)
-            if self._gradual is None or self._gradual.is_reached(self._at.step):
-                entry["score"] = score
-                if self._is_better(score):
-                    self._at.best, self._at.score = parameters, score
-        self._at.history.append(entry)
+        loss, count, _ = self._at.sums
+        score = self._evaluated(epoch)
+        self._at.sums = (0.0, 0, 0.0)
+        seconds = time.monotonic() - self._began
+        self._at.history.append(Epoch(epoch + 1, loss / max(1, count), seconds, score, self._plan.epochs))
         if epoch + 1 < self._plan.epochs:
             self._keep()
+        self._tell(self._at.history[-1])
+
+    def _evaluated(self, epoch: int) -> float | None:
+        """The score after `epoch`; its parameters are set aside where they are the best."""
+        if self._score is None:
+            return None
+        parameters = self._values()
+        score = self._score(parameters)
+        is_whole = self._gradual is None or self._gradual.is_reached(self._at.step)
+        if is_whole and is_better(score, self.score, self._plan.higher_is_better):
+            self._at.best, self._at.kept = parameters, epoch + 1
+        return score
+
+    def _tell(self, epoch: Epoch) -> None:
         if self._on_epoch is not None:
-            self._on_epoch(Epoch(epoch + 1, entry["loss"], time.monotonic() - began, score, self._plan.epochs))
+            self._on_epoch(epoch)
 
     def _update(self, epoch: int, chosen: Sequence[np.ndarray]) -> None:
         step = self._at.step
@@ -141,31 +161,36 @@ class Loop:
         feeds = [self._feeds(indices) for indices in chosen]
         loss, norm = self._runner.step(feeds, self._schedule(step), step + 1)
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            self._stop(epoch, loss, norm)
+            self._stop(epoch, loss, norm, chosen, feeds)
         if self._average is not None:
             self._average.update(step + 1)
         self._at.step = step + 1
-        total, count = self._at.sums
-        self._at.sums = (total + loss, count + 1)
+        total, count, _ = self._at.sums
+        self._at.sums = (total + loss, count + 1, time.monotonic() - self._began)
         self._progress.step()
 
-    def _stop(self, epoch: int, loss: float, norm: float) -> NoReturn:
+    def _stop(
+        self, epoch: int, loss: float, norm: float, chosen: Sequence[np.ndarray], feeds: Sequence[Mapping[str, Any]]
+    ) -> NoReturn:
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
-        self._at.state = self._with_others(self._runner.read())
-        self._checkpoints.save(self._at)
-        culprit = self._culprit()
-        where = f", first in the update of {culprit}" if culprit else ""
-        kept = f"; the last good state is kept in {self._checkpoints.path}" if self._checkpoints.path else ""
-        raise PassError(
-            f"step {self._at.step + 1} (epoch {epoch + 1}): {what}{where}{kept}; a lower --lr may help, or the data "
-            "holds values that are not finite"
-        )
+        if all(np.isfinite(array).all() for array in self._runner.read().values()):
+            self._keep()  # else the update before this step overflowed, and what was kept earlier stays
+        kept = "" if self._checkpoints.path is None else f"; the last good state is kept in {self._checkpoints.path}"
+        wrong = next(filter(None, map(self._feeds.not_finite, chosen)), "")
+        first = f", first in {found}" if (found := self._culprit(feeds)) else ""
+        mend = "a lower --lr may help"
+        if wrong:
+            mend = f"the data holds values that are not finite: {wrong}"
+        raise PassError(f"step {self._at.step + 1} (epoch {epoch + 1}): {what}{first}{kept}; {mend}")
 
-    def _culprit(self) -> str:
-        """The first weight whose gradient is not finite."""
+    def _culprit(self, feeds: Sequence[Mapping[str, np.ndarray]]) -> str:
+        """The first tensor of the step's forward pass that is not finite, else the first weight's gradient."""
+        for call in self._runner.inputs(feeds):
+            if found := first_not_finite(self._graph, call):
+                return found
         gradients = self._runner.gradients()
-        found = (leaf.key for leaf in self._graph.leaves if not np.isfinite(gradients[leaf.name]).all())
-        return next(found, "")
+        bad = (leaf.key for leaf in self._graph.leaves if not np.isfinite(gradients[leaf.name]).all())
+        return next((f"the gradient of {key!r}" for key in bad), "")
 
     def _keep(self) -> None:
         self._at.state = self._with_others(self._runner.read())
@@ -191,14 +216,8 @@ class Loop:
         others = self._with_others({})
         self._runner.write({name: array for name, array in state.items() if name not in others})
 
-    def _is_better(self, score: float) -> bool:
-        if self._at.score is None or math.isnan(score):
-            return not math.isnan(score)
-        return score > self._at.score if self._plan.higher_is_better else score < self._at.score
-
     def _is_enough(self) -> bool:
         """True when the best epoch lies further back than patience allows."""
-        if self._plan.patience is None or self._at.score is None:
+        if self._plan.patience is None or not self._at.kept:
             return False
-        scores = [entry.get("score") for entry in self._at.history]
-        return len(scores) - 1 - scores.index(self._at.score) >= self._plan.patience
+        return len(self._at.history) - self._at.kept >= self._plan.patience

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -14,7 +15,7 @@ from onnxcompress.encodings.base import Encoding
 from onnxcompress.errors import PassError
 from onnxcompress.model.weights import weights
 from onnxcompress.numerics.error import relative_rms
-from onnxcompress.training.loop import Epoch
+from onnxcompress.training.checkpoint import Epoch
 from onnxcompress.training.targets import Objective, Target
 from onnxcompress.training.ties import untie
 from onnxcompress.training.zeros import FREED
@@ -25,7 +26,9 @@ class Trained:
     """What was learned.
 
     `parameters`: weight key -> part of its encoding -> array. `left`: weights that were not trained, with the reason.
-    `losses`: what each output was trained on, in words.
+    `losses`: what each output was trained on, in words. `kept`: the epoch that the parameters are of, by its score; 0
+    where the model as it came in scores better than all of them, and there are no parameters; None without scores.
+    `used`: the settings by name, with what came in the place of a None (`words.used`).
     """
 
     parameters: dict[str, dict[str, np.ndarray]]
@@ -33,6 +36,8 @@ class Trained:
     left: dict[str, str]
     losses: dict[str, str]
     steps: int
+    kept: int | None = None
+    used: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def write(

@@ -114,6 +114,11 @@ class Runner:
         pairs = zip(self._stores, self._lanes[0].gradients, strict=True)
         return {name: array for store, buffer in pairs for name, array in store.layout.split(buffer.read()).items()}
 
+    def inputs(self, calls: Sequence[Feeds]) -> list[dict[str, np.ndarray]]:
+        """All that each call of a step is fed with, as arrays: to compute it once more elsewhere."""
+        held = {name: value.numpy() for name, value in self._constants.items()} | self.read()
+        return [{**held, **call, **self._shared(calls)} for call in calls]
+
     def write(self, state: Mapping[str, np.ndarray]) -> None:
         """Go on from a state that `read` gave."""
         for store in self._stores:

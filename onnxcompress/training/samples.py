@@ -1,11 +1,10 @@
-"""Training samples with random access: an epoch is a permutation of them, drawn from the seed and its number alone."""
+"""Training samples with random access, and the order they are trained on."""
 
 from __future__ import annotations
 
 import dataclasses
 import pathlib
 import tempfile
-from collections.abc import Iterator
 
 import numpy as np
 
@@ -39,10 +38,6 @@ class Samples:
         feeds = {name: np.asarray(array[indices]) for name, array in self.feeds.items()} | self.constants
         fitted, valid = sequences.fit(feeds, self.groups, None, True)
         return fitted, None if valid is None else next(iter(valid.values()))
-
-    def order(self, seed: int, epoch: int) -> np.ndarray:
-        """The samples of one epoch in their order."""
-        return np.random.default_rng([seed, epoch]).permutation(self.count)
 
 
 def collect(data: Data, work: pathlib.Path | None = None) -> Samples:
@@ -152,10 +147,37 @@ def call_size(batch: int) -> int:
     return batch // max(parts for parts in (1, 2, 4) if parts <= most and batch % parts == 0)
 
 
-def calls(order: np.ndarray, batch: int, size: int) -> Iterator[list[np.ndarray]]:
-    """The indices of an epoch's updates: `batch` samples each, in calls of at most `size`; a rest that fills no batch
-    waits for another epoch's order."""
-    batch = min(batch, len(order))
-    for at in range(0, len(order) - batch + 1, batch):
-        chosen = order[at : at + batch]
-        yield [chosen[i : i + size] for i in range(0, batch, size)]
+class Order:
+    """Which samples each update takes: `batch` of `count`, in an order that follows from the seed alone.
+
+    An epoch is a permutation of the samples, drawn from the seed and its number. The epochs follow each other and are
+    cut into batches of one size: a rest that fills none begins the next epoch's first, so that no sample is passed over
+    more than another, and every call keeps its shape.
+    """
+
+    def __init__(self, count: int, batch: int, seed: int) -> None:
+        self.count, self.batch, self._seed = count, min(batch, count), seed
+        self._drawn: dict[int, np.ndarray] = {}
+
+    def updates(self, epochs: int) -> int:
+        """How many updates so many epochs, from the first, have room for."""
+        return epochs * self.count // self.batch
+
+    def samples(self, update: int) -> np.ndarray:
+        """The samples of update `update`, int64 [batch]."""
+        epoch, at = divmod(update * self.batch, self.count)
+        found = self._epoch(epoch)[at : at + self.batch]
+        missing = self.batch - len(found)
+        return np.concatenate([found, self._epoch(epoch + 1)[:missing]]) if missing else found
+
+    def _epoch(self, epoch: int) -> np.ndarray:
+        if epoch not in self._drawn:
+            drawn = np.random.default_rng([self._seed, epoch]).permutation(self.count)
+            self._drawn = {number: order for number, order in self._drawn.items() if number == epoch - 1}
+            self._drawn[epoch] = drawn
+        return self._drawn[epoch]
+
+
+def split(chosen: np.ndarray, size: int) -> list[np.ndarray]:
+    """The samples of one update in calls of at most `size`."""
+    return [chosen[at : at + size] for at in range(0, len(chosen), size)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -14,7 +15,7 @@ import onnx_ir as ir
 from onnxcompress.contract import Progress, Select, Silent
 from onnxcompress.errors import PassError
 from onnxcompress.model import provenance
-from onnxcompress.training.loop import Epoch
+from onnxcompress.training.checkpoint import Epoch
 from onnxcompress.training.schedules import Kind
 from onnxcompress.training.targets import Objective
 from onnxcompress.training.zeros import KeepZeros
@@ -80,11 +81,11 @@ class Settings:
                 f"sparsity_until: wanted a share of the steps, above 0 and up to 1, got {self.sparsity_until}"
             )
 
-    def epochs_of(self, updates: int) -> int:
-        """How many epochs of so many updates."""
+    def epochs_of(self, updates: float) -> int:
+        """How many epochs of so many updates; a rest of an epoch that fills no batch is a part of one."""
         if self.epochs is not None:
             return self.epochs
-        return min(max(FEWEST_EPOCHS, -(-UPDATES // updates)), MOST_EPOCHS)
+        return min(max(FEWEST_EPOCHS, math.ceil(UPDATES / updates)), MOST_EPOCHS)
 
     @property
     def peak(self) -> float:
@@ -94,10 +95,14 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """A score to keep the best epoch by. `patience` of the settings counts epochs without a better one."""
+    """A score to keep the best epoch by. `patience` of the settings counts epochs without a better one.
+
+    `before`: that of the student as it came in, where it may be what is kept: as epoch 0, if no epoch is as good.
+    """
 
     score: Callable[[ir.Model], float]
     higher_is_better: bool = True
+    before: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,13 +1,15 @@
-"""One set of words for a training: fields of `Settings` and `Objective`, options of commands, parameters of passes."""
+"""One set of words for a training: fields of `Settings` and `Objective`, options of commands, parameters of passes,
+and what a report says was used."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from onnxcompress.training.optimizers import named
 from onnxcompress.training.settings import Settings
-from onnxcompress.training.targets import Objective
+from onnxcompress.training.targets import Objective, Target
 
 
 def chosen(given: Mapping[str, Any]) -> tuple[Settings, Objective]:
@@ -23,3 +25,26 @@ def chosen(given: Mapping[str, Any]) -> tuple[Settings, Objective]:
         for kind in (Settings, Objective)
     )
     return Settings(**settings), Objective(**objective)
+
+
+def used(
+    settings: Settings, objective: Objective, targets: Sequence[Target], *, epochs: int, batch: int
+) -> dict[str, Any]:
+    """All of both by the names of their fields, with what came in the place of a None, so that it can be given again.
+
+    `temperature` is by output, since each may have its own; what had no part in the training stays None.
+    """
+    optimizer = named(settings.optimizer, settings.weight_decay, settings.momentum)
+    soft = {t.head.output: t.temperature for t in targets if t.soft and t.kind in ("classes", "binary")}
+    mixed = any(target.soft and target.labels is not None for target in targets)
+    return {
+        **dataclasses.asdict(settings),
+        **dataclasses.asdict(objective),
+        "epochs": epochs,
+        "batch": batch,
+        "lr": settings.peak,
+        "weight_decay": optimizer.weight_decay,
+        "batch_norm": settings.batch_norm or "frozen",
+        "temperature": soft or None,
+        "alpha": objective.share if mixed else None,
+    }

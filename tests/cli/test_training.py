@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib
 import json
 import pathlib
@@ -160,7 +161,7 @@ def test_a_number_in_the_data_that_is_none_is_told_with_the_step(
     assert code == 2
     assert err.count("\n") == 1
     assert re.search(r"^error: step \d \(epoch 1\): the loss is nan", err)
-    assert "the data holds values that are not finite" in err
+    assert "the data holds values that are not finite: sample 70 holds nan in the input 'image'" in err
     kept = re.search(r"the last good state is kept in (\S+?);", err)
     assert kept is not None
     assert pathlib.Path(kept[1]).is_file()
@@ -202,7 +203,7 @@ onnxcompress.cli.main()
 """
 
 
-@pytest.mark.parametrize("with_what", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("with_what", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_distillation_goes_on_to_the_same_bytes(
     with_what: signal.Signals, here: pathlib.Path, capsys: Capture
 ) -> None:
@@ -217,17 +218,29 @@ def test_an_interrupted_distillation_goes_on_to_the_same_bytes(
         time.sleep(0.02)
     child.send_signal(with_what)
     _, err = child.communicate(timeout=30)
-    if with_what == signal.SIGINT:
+    if with_what != signal.SIGKILL:
         assert child.returncode == 130
         said = "interrupted, nothing was written; the same command with --resume goes on from the last epoch\n"
         assert err == said
     assert not (here / "o.onnx").exists()
-    assert command(capsys, *given, "--resume", "--json", "r.json", "-q") == (0, "", "")
-    assert len(json.loads((here / "r.json").read_text())["epochs"]) <= 8
+    code, resumed, _ = command(capsys, *given, "--resume", "--json", "r.json")
+    assert code == 0
     given[given.index("o.onnx")] = "whole.onnx"
-    assert command(capsys, *given, "-q") == (0, "", "")
+    code, whole, _ = command(capsys, *given, "--json", "w.json")
+    assert code == 0
     assert (here / "o.onnx").read_bytes() == (here / "whole.onnx").read_bytes()
-    assert filenames(here) == ["cut.onnx", "m.onnx", "o.onnx", "r.json", "whole.onnx", "x.npz"]
+    assert _without_seconds(here / "r.json") == _without_seconds(here / "w.json")
+    told = [re.sub(r", \d+ s$", "", line) for line in resumed.splitlines()]
+    assert told[:8] == [re.sub(r", \d+ s$", "", line) for line in whole.splitlines()][:8]
+    assert told[7].startswith("epoch 8 of 8: loss")
+    assert filenames(here) == ["cut.onnx", "m.onnx", "o.onnx", "r.json", "w.json", "whole.onnx", "x.npz"]
+
+
+def _without_seconds(path: pathlib.Path) -> dict[str, Any]:
+    """A report less what depends on the clock; there are eight epochs in it."""
+    report: dict[str, Any] = json.loads(path.read_text())
+    assert [epoch.pop("seconds") >= 0 for epoch in report["epochs"]] == [True] * 8
+    return report
 
 
 @pytest.mark.parametrize("verb", ["distill", "train"])
@@ -247,15 +260,55 @@ def test_a_training_in_the_place_of_its_student(verb: str, here: pathlib.Path, c
     assert filenames(here) == ["m.onnx", "s.onnx", "x.npz"]
 
 
-def test_a_training_that_made_it_worse_says_so(here: pathlib.Path, capsys: Capture) -> None:
+def test_a_training_that_would_make_it_worse_keeps_what_came_in(here: pathlib.Path, capsys: Capture) -> None:
     x = floats(64, 16)
     z = onnxruntime.InferenceSession("m.onnx").run(None, {"x": x})[0]
     np.savez(here / "x.npz", x=x, y=(z.argmax(-1) + 1) % 8)  # wrong labels to learn, right ones to be judged by
     np.savez(here / "e.npz", x=x, y=z.argmax(-1))
     given = ["train", "m.onnx", "--data", "x.npz", "-o", "o.onnx", "--epochs", "9", "--lr", "0.1"]
-    code, out, err = command(capsys, *given, "--metric", "accuracy", "--eval", "e.npz")
+    given += ["--metric", "accuracy", "--eval", "e.npz", "--json", "r.json"]
+    code, out, _ = command(capsys, *given)
     assert code == 0
-    assert "warning: the best epoch scores" in out + err
+    report = json.loads((here / "r.json").read_text())
+    best = max(epoch["score"] for epoch in report["epochs"])
+    assert f"kept the model as it came in, which scores 1.0000: the best epoch scores {best:.4f}\n" in out
+    assert (report["before"], report["kept_epoch"], report["touched"]) == (1, 0, [])
+    assert {entry["weight"] for entry in report["left"]} == {"first", "bias", "second"}
+    before, after = initializers(here / "m.onnx"), initializers(here / "o.onnx")
+    assert before.keys() == after.keys()
+    for name, array in before.items():
+        np.testing.assert_array_equal(after[name], array)
+    code, out, _ = command(capsys, *given, "--init", "random")  # what was drawn is no model anybody came with
+    assert code == 0
+    report = json.loads((here / "r.json").read_text())
+    assert report["kept_epoch"] >= 1
+    assert re.search(r"^(warning: )?kept epoch \d, which scores 0\.\d+, 0\.\d+ before", out, re.M)
+
+
+def test_the_report_says_all_that_was_used(here: pathlib.Path, capsys: Capture) -> None:
+    """Given again as options, what it says was used makes the same file."""
+    command(capsys, "prune", "m.onnx", "-o", "cut.onnx", "--sparsity", "0.6", "-q")
+    np.savez(here / "x.npz", x=floats(90, 16), y=np.arange(90) % 8)
+    given = ["distill", "m.onnx", "cut.onnx", "--data", "x.npz", "-q"]
+    assert command(capsys, *given, "-o", "a.onnx", "--json", "a.json")[0] == 0
+    report = json.loads((here / "a.json").read_text())
+    used = report["settings"]
+    assert {used[name] for name in ("epochs", "batch", "lr", "weight_decay", "alpha")} == {30, 32, 1e-3, 0.01, 0.1}
+    assert (used["optimizer"], used["schedule"], used["batch_norm"], used["seed"]) == ("adamw", "cosine", "frozen", 0)
+    assert report["epochs"][-1]["epoch"] == used["epochs"]
+    assert report["steps"] == 30 * 90 // 32
+    (temperature,) = used["temperature"].values()
+    assert report["sha256"]["student"] == hashlib.sha256((here / "cut.onnx").read_bytes()).hexdigest()
+    assert report["versions"]["onnxruntime"] == onnxruntime.__version__
+    for name in ("epochs", "batch", "lr", "weight_decay", "batch_norm", "alpha", "clip", "warmup", "schedule"):
+        given += [f"--{name.replace('_', '-')}", str(used[name])]
+    assert command(capsys, *given, "--temperature", repr(temperature), "-o", "b.onnx", "--json", "b.json")[0] == 0
+    again = json.loads((here / "b.json").read_text())
+    assert again["settings"] == used
+    for (name, a), (other, b) in zip(initializers(here / "a.onnx").items(), initializers(here / "b.onnx").items(),
+                                     strict=True):  # fmt: skip
+        assert name == other
+        assert a.tobytes() == b.tobytes()
 
 
 def test_the_score_before_is_told_and_the_data_it_is_of_is_part_of_what_resumes(

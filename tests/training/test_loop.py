@@ -1,0 +1,270 @@
+"""The loop around the steps: resuming from awkward moments, which epoch is kept, and what is said of a loss that is no
+number."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import tracemalloc
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from onnxcompress.errors import PassError
+from onnxcompress.model.load import load
+from onnxcompress.training import loop
+from onnxcompress.training.checkpoint import Checkpoint, Checkpoints, Epoch
+from onnxcompress.training.distill import Conditions, Evaluation, Settings, Trained, distill
+from onnxcompress.training.samples import Order
+from onnxcompress.training.settings import identity
+from onnxcompress.training.targets import Objective
+from tests.builders import floats, graph, info, model, node, tensors
+from tests.training.small import arrays, mlp, opened
+
+SETTINGS = Settings(epochs=4, batch=16, patience=2)
+
+
+def trained(settings: Settings = SETTINGS, count: int = 40, **others: Any) -> Trained:
+    """The network of two layers, finetuned on `count` samples."""
+    student = load(mlp())
+    return distill(None, student, opened(student, arrays(count)), settings=settings, **others)
+
+
+def scored(*scores: float, before: float | None = None, higher: bool = True) -> Evaluation:
+    """An evaluation that gives these scores, one an epoch."""
+    left = iter(scores)
+    return Evaluation(lambda candidate: next(left), higher, before)
+
+
+def without_seconds(epochs: list[Epoch]) -> list[Epoch]:
+    return [dataclasses.replace(epoch, seconds=0.0) for epoch in epochs]
+
+
+# The order --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("count", "batch"), [(40, 32), (32, 32), (7, 3), (5, 4), (3, 8)])
+def test_no_sample_is_passed_over_more_than_another(count: int, batch: int) -> None:
+    order = Order(count, batch, seed=3)
+    epochs = order.batch
+    updates = [order.samples(update) for update in range(order.updates(epochs))]
+    assert {len(chosen) for chosen in updates} == {min(batch, count)}
+    assert np.bincount(np.concatenate(updates)).tolist() == [epochs] * count
+    assert [order.updates(n + 1) - order.updates(n) >= 1 for n in range(epochs)] == [True] * epochs
+    again = Order(count, batch, seed=3)
+    for update in reversed(range(len(updates))):  # a resumed training begins anywhere
+        np.testing.assert_array_equal(again.samples(update), updates[update])
+    other = Order(count, batch, seed=4)
+    assert any(not np.array_equal(other.samples(update), chosen) for update, chosen in enumerate(updates))
+
+
+def test_a_rest_of_an_epoch_begins_the_next() -> None:
+    assert trained(Settings(epochs=4, batch=32), count=40).steps == 160 // 32
+    assert Settings().epochs_of(40 / 32) == 30
+    assert Settings().epochs_of(150 / 2) == 4
+
+
+# Resuming ---------------------------------------------------------------------------------------------------------
+
+
+class _Killed(Exception):
+    """What stands in for a kill."""
+
+
+def interrupted(work: pathlib.Path, evaluation: Evaluation, **others: Any) -> None:
+    with pytest.raises(_Killed):
+        trained(conditions=Conditions(work=work, **others), evaluation=evaluation)
+
+
+def same(a: Trained, b: Trained) -> None:
+    assert without_seconds(a.epochs) == without_seconds(b.epochs)
+    assert (a.kept, a.steps) == (b.kept, b.steps)
+    for key, parts in a.parameters.items():
+        assert b.parameters[key]["w"].tobytes() == parts["w"].tobytes()
+
+
+def test_killed_while_an_epoch_is_evaluated(tmp_path: pathlib.Path, monkeypatch: Any) -> None:
+    """Its last update may lie in the checkpoint already; it is evaluated all the same."""
+    whole = trained(evaluation=scored(0.1, 0.9, 0.3, 0.2))
+    monkeypatch.setattr(loop, "SAVED_EVERY", 0.0)
+
+    def scores() -> Iterator[float]:
+        yield 0.1
+        raise _Killed
+
+    left = scores()
+    interrupted(tmp_path, Evaluation(lambda candidate: next(left)))
+    conditions = Conditions(work=tmp_path, resume=True)
+    resumed = trained(conditions=conditions, evaluation=scored(0.9, 0.3, 0.2))
+    same(whole, resumed)
+    assert resumed.kept == 2
+
+
+def test_killed_after_patience_has_run_out(tmp_path: pathlib.Path) -> None:
+    """The epoch that was not waited for any more is not trained after a resume either."""
+    whole = trained(evaluation=scored(0.9, 0.3, 0.2))
+
+    def killed(epoch: Epoch) -> None:
+        if epoch.number == 3:
+            raise _Killed
+
+    interrupted(tmp_path, scored(0.9, 0.3, 0.2), on_epoch=killed)
+    same(whole, trained(conditions=Conditions(work=tmp_path, resume=True), evaluation=scored()))
+
+
+def test_a_resumed_training_tells_of_all_its_epochs(tmp_path: pathlib.Path) -> None:
+    def killed(epoch: Epoch) -> None:
+        if epoch.number == 2:
+            raise _Killed
+
+    interrupted(tmp_path, scored(0.4, 0.5), on_epoch=killed)
+    told: list[Epoch] = []
+    conditions = Conditions(work=tmp_path, resume=True, on_epoch=told.append)
+    done = trained(conditions=conditions, evaluation=scored(0.6, 0.7))
+    assert told == done.epochs
+    assert [(epoch.number, epoch.score) for epoch in told] == [(1, 0.4), (2, 0.5), (3, 0.6), (4, 0.7)]
+    same(trained(evaluation=scored(0.4, 0.5, 0.6, 0.7)), done)
+
+
+def test_seconds_before_an_interrupt_count(tmp_path: pathlib.Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(loop, "SAVED_EVERY", 0.0)
+
+    def killed(candidate: ir.Model) -> float:
+        raise _Killed
+
+    interrupted(tmp_path, Evaluation(killed))
+    checkpoints = Checkpoints(tmp_path, identity(SETTINGS, Objective(), {}))
+    found = checkpoints.load()
+    assert found is not None
+    loss, updates, seconds = found.sums
+    assert updates == 2
+    assert 0 < seconds < 500
+    found.sums = (loss, updates, 1000.0)
+    checkpoints.save(found)
+    done = trained(conditions=Conditions(work=tmp_path, resume=True), evaluation=scored(0.1, 0.2, 0.3, 0.4))
+    assert 1000 < done.epochs[0].seconds < 1500
+    assert done.epochs[1].seconds < 500
+
+
+# Which epoch is kept ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("before", "higher", "kept"),
+    [
+        (0.4, True, 2),
+        (0.6, True, 2),  # no epoch loses against what it is as good as
+        (0.7, True, 0),
+        (0.1, False, 0),
+        (0.2, False, 1),
+        (float("nan"), True, 2),
+        (None, True, 2),
+    ],
+)
+def test_what_came_in_is_epoch_0(before: float | None, higher: bool, kept: int) -> None:
+    settings = Settings(epochs=3, batch=16, ema=0.5)
+    done = trained(settings, evaluation=scored(0.2, 0.6, 0.6, before=before, higher=higher))
+    assert done.kept == kept
+    assert bool(done.parameters) == (kept > 0)
+    if not kept:
+        assert {done.left[key] for key in ("w1", "b1", "w2", "b2")} == {"left as it came in: no epoch scores as well"}
+
+
+def test_what_came_in_is_kept_where_no_epoch_has_a_score() -> None:
+    nan = float("nan")
+    assert trained(Settings(epochs=2), evaluation=scored(nan, nan, before=0.1)).kept == 0
+    assert trained(Settings(epochs=2), evaluation=scored(nan, nan)).kept is None
+
+
+def test_gradual_pruning_does_not_fall_back_to_what_is_not_pruned() -> None:
+    settings = Settings(epochs=4, batch=16, sparsity=0.5, sparsity_until=0.5)
+    done = trained(settings, evaluation=scored(0.1, 0.2, 0.3, 0.2, before=0.9))
+    assert done.kept == 3
+    assert np.mean(done.parameters["w1"]["w"] == 0) == pytest.approx(0.5, abs=1e-3)
+
+
+# A loss that is no number -----------------------------------------------------------------------------------------
+
+
+def exponential() -> Any:
+    """x [n, 6] -> MatMul -> Exp -> (+ a mask with -inf) -> Softmax -> MatMul = z: large inputs overflow in Exp."""
+    nodes = [
+        node("MatMul", ["x", "w1"], ["h"], name="one"),
+        node("Exp", ["h"], ["e"], name="exp"),
+        node("Add", ["e", "mask"], ["m"], name="add"),
+        node("Softmax", ["m"], ["s"], name="soft", axis=1),
+        node("MatMul", ["s", "w2"], ["z"], name="two"),
+    ]
+    mask = np.array([0, 0, 0, 0, 0, 0, 0, -np.inf], np.float32)
+    given = tensors(w1=np.abs(floats(6, 8, seed=1)), w2=floats(8, 4, seed=2), mask=mask)
+    return model(graph(nodes, [info("x", ["n", 6])], [info("z", ["n", 4])], given))
+
+
+def stopped(student: ir.Model, given: dict[str, np.ndarray], **others: Any) -> str:
+    data = opened(student, given)
+    with pytest.raises(PassError) as error:
+        distill(None, student, data, settings=Settings(epochs=2, batch=16, **others))
+    return str(error.value)
+
+
+def test_the_tensor_that_became_infinite_is_named() -> None:
+    given = arrays(64)
+    given["x"] = np.abs(given["x"])
+    given["x"][20] = 1000
+    step = next(u for u in range(4) if 20 in Order(64, 16, 0).samples(u)) + 1
+    assert stopped(load(exponential()), given) == (
+        f"step {step} (epoch 1): the loss is nan, first in tensor 'e' (Exp 'exp'); a lower --lr may help"
+    )
+
+
+def test_the_sample_whose_label_is_no_number_is_named() -> None:
+    x = floats(64, 6)
+    y = floats(64, 4)
+    y[33, 2] = -np.inf
+    told = stopped(load(mlp()), {"x": x, "y": y})
+    assert "the data holds values that are not finite: sample 33 holds -inf in its label" in told
+
+
+def test_an_earlier_checkpoint_outlives_weights_that_are_not_finite(tmp_path: pathlib.Path, monkeypatch: Any) -> None:
+    """Where the update itself overflowed, the state after it is not a good one."""
+    student, given = load(mlp()), arrays(64)
+    monkeypatch.setattr(loop, "SAVED_EVERY", 0.0)
+    keep, count = loop.Loop._keep, 0
+
+    def spoiled(self: loop.Loop) -> None:
+        nonlocal count
+        count += 1
+        keep(self)
+        if count == 2:
+            leaf = self._graph.leaves[0]
+            self._runner.write({leaf.name: np.full_like(leaf.initial, np.inf)})
+
+    monkeypatch.setattr(loop.Loop, "_keep", spoiled)
+    conditions = Conditions(work=tmp_path)
+    with pytest.raises(PassError, match=r"step 3 \(epoch 1\): the loss is nan, first in the weight 'w1'"):
+        distill(None, student, opened(student, given), settings=Settings(epochs=2, batch=16), conditions=conditions)
+    with np.load(tmp_path / "training.npz") as kept:
+        assert all(np.isfinite(kept[name]).all() for name in kept.files if name.startswith("state:"))
+
+
+# The file ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_not_built_in_memory(tmp_path: pathlib.Path) -> None:
+    state = {f"state/{i}": np.zeros(8 << 18, np.float32) for i in range(8)}  # 8 x 8 MiB
+    checkpoints = Checkpoints(tmp_path, "this")
+    tracemalloc.start()
+    try:
+        checkpoints.save(Checkpoint(3, state, history=[Epoch(1, 0.5, 2.0, None, 4)], sums=(0.25, 2, 1.5)))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 24 << 20  # numpy writes in pieces of 16 MiB
+    found = checkpoints.load()
+    assert found is not None
+    assert found.state.keys() == state.keys()
+    assert (found.step, found.sums, found.history) == (3, (0.25, 2, 1.5), [Epoch(1, 0.5, 2.0, None, 4)])
+    assert Checkpoints(tmp_path, "other").load() is None
