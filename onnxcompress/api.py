@@ -127,7 +127,7 @@ def compress(
     before = source.bytes if source is not None else saved_bytes(original)
     feeds = _feeds(original, calibration, data_options)
     evaluation = _open(original, evaluate, data_options, last="fill") if evaluate is not None else None
-    scorer = _scorer(evaluation, metric, output, threads) if evaluation is not None else None
+    scorer = _Scorer(evaluation, metric, output) if evaluation is not None else None
     conditions = Conditions(
         target=target,
         seed=seed,
@@ -173,6 +173,7 @@ def compress(
         identity["batch"] = data_options.batch
     with workplace(path, identity, resume=resume) as place:
         score_before = conditions.score_before = scorer(original) if scorer is not None else None
+        conditions.higher_is_better = scorer is None or scorer.higher_is_better
         outcome = pipeline.run(pipeline.copy(original), chosen, conditions, place, resume=resume)
         if refuse_nothing and not outcome.changed:
             raise NothingToDo(nothing(outcome.steps))
@@ -259,18 +260,26 @@ def _feeds(model: ir.Model, calibration: Any, options: DataOptions) -> Feeder | 
     return _open(model, calibration, options).feeds()
 
 
-def _scorer(data: Data, metric: Any, output: str | None, threads: int) -> Callable[[ir.Model], float]:
-    """A function that scores any model with the same inputs on the evaluation data."""
-    from onnxcompress.runtime.session import open_session
-    from onnxcompress.validation.metrics import metric_named
+class _Scorer:
+    """Scores models with the same inputs on the evaluation data.
 
-    _, evaluator = metric_named(metric, output)
+    It does so on one thread: ONNX Runtime's last bit depends on their number, and a pass may decide by a score.
+    `higher_is_better`: of the metric, known once a model has been scored.
+    """
 
-    def score(candidate: ir.Model) -> float:
-        with open_session(candidate, threads=threads) as session:
-            return evaluator(session.run, data).score()
+    def __init__(self, data: Data, metric: Any, output: str | None) -> None:
+        from onnxcompress.validation.metrics import metric_named
 
-    return score
+        self._data, (_, self._evaluator) = data, metric_named(metric, output)
+        self.higher_is_better = True
+
+    def __call__(self, model: ir.Model) -> float:
+        from onnxcompress.runtime.session import open_session
+
+        with open_session(model, threads=1) as session:
+            found = self._evaluator(session.run, self._data)
+        self.higher_is_better = found.higher_is_better
+        return found.score()
 
 
 def _sign(done: Compressed, parent: str, data: str, seed: int) -> None:

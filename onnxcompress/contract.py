@@ -180,6 +180,9 @@ class Run:
     it has left itself, in an interrupted run of the very same work: same model, recipe up to and with this pass, data,
     seed and versions. It is gone when the pass is done. None where nothing is kept.
 
+    `evaluate`: the score of a model on the user's evaluation data, on one thread whatever `threads` is: what a pass
+    decides by it must not depend on them. `higher_is_better`: which scores are the better ones.
+
     `reading`: how data is read (`labels`, `mapping`, `preprocess`, as `data.source.open_data` takes them), for a pass
     that opens some of its own.
     """
@@ -192,6 +195,7 @@ class Run:
     progress: Progress = dataclasses.field(default_factory=Silent)
     feeds: Feeder | None = None
     evaluate: Callable[[ir.Model], float] | None = None
+    higher_is_better: bool = True
     original: ir.Model | None = None
     state: pathlib.Path | None = None
     reading: Mapping[str, Any] = dataclasses.field(default_factory=dict)

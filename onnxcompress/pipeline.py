@@ -56,6 +56,7 @@ class Conditions:
     sample: Feeder | None = None
     reading: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     evaluate: Callable[[ir.Model], float] | None = None
+    higher_is_better: bool = True
     score_before: float | None = None
     progress: Progress = dataclasses.field(default_factory=Silent)
     on_step: Callable[[StepReport], None] | None = None
@@ -82,6 +83,7 @@ def run(
         progress=conditions.progress,
         feeds=conditions.feeds,
         evaluate=conditions.evaluate,
+        higher_is_better=conditions.higher_is_better,
         original=copy(model),
         reading=conditions.reading,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import onnx_ir as ir
@@ -13,8 +14,10 @@ from onnxcompress.data.batch import Data, FeedsOnly
 from onnxcompress.data.source import open_data
 from onnxcompress.data.specs import input_specs
 from onnxcompress.errors import DataError, RecipeError
+from onnxcompress.model import bridge
 from onnxcompress.model.weights import Weight, weights
 from onnxcompress.training.distill import distill, write
+from onnxcompress.training.loop import is_better
 from onnxcompress.training.optimizers import OPTIMIZERS
 from onnxcompress.training.schedules import KINDS
 from onnxcompress.training.settings import BATCH_NORMS, RATES, Conditions
@@ -82,6 +85,9 @@ class Training(Pass):
     def fit(self, teacher: ir.Model | None, model: ir.Model, run: Run) -> Coverage:
         """Train `model` in place, against `teacher` where there is one.
 
+        Where the run evaluates, a model that scored better before stays as it was; not with gradual pruning, since it
+        has not the sparsity that is asked for.
+
         Raises:
             DataError: there is no data, or it does not fit.
             PassError: nothing can be trained, or the loss is no longer finite.
@@ -97,6 +103,7 @@ class Training(Pass):
             progress=run.progress,
             identity={"data": data.digest()},
         )
+        before = run.evaluate(model) if run.evaluate is not None and self.sparsity is None else None
         done = distill(
             teacher,
             model,
@@ -106,16 +113,33 @@ class Training(Pass):
             reference=run.original,
             conditions=conditions,
         )
-        before = {weight.key: (weight.nbytes, self._reason(weight)) for weight in weights(model)}
+        if before is not None and (worse := self._worse(model, done.parameters, before, run)):
+            left = [Left(weight.key, weight.nbytes, Reason.WORSE, worse) for weight in weights(model)]
+            return Coverage(left=left, warnings=[worse])
+        held = {weight.key: (weight.nbytes, self._reason(weight)) for weight in weights(model)}
         errors = write(model, done.parameters, pathlib.Path(run.work))
         after = {weight.key: weight.nbytes for weight in weights(model)}
         coverage = Coverage(rewrites={"training steps": done.steps})
-        for key, (size, reason) in before.items():
+        for key, (size, reason) in held.items():
             if key in errors:
                 coverage.touched.append(Touched(key, size, after[key], errors[key], "trained"))
             else:
                 coverage.left.append(Left(key, size, reason, done.left.get(key, "has no effect on the loss")))
         return coverage
+
+    def _worse(self, model: ir.Model, trained: Mapping[str, Any], before: float, run: Run) -> str:
+        """Why what was learned is not kept, if it is not: `model` scores better as it is.
+
+        Epochs are not chosen by their score, as they are from file to file: the verdict on the recipe's result is of
+        the same data, and would no longer be of data that nothing was chosen by.
+        """
+        assert run.evaluate is not None
+        candidate = bridge.clone(model)
+        write(candidate, trained, pathlib.Path(run.work))
+        score = run.evaluate(candidate)
+        if not is_better(before, score, run.higher_is_better):
+            return ""
+        return f"what was learned is not kept: the score went from {before:.4f} to {score:.4f}"
 
     def _reason(self, weight: Weight) -> Reason:
         """Why `weight` is left, if it is."""

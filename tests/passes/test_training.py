@@ -197,6 +197,44 @@ def len_of(part: str) -> int:
         return len(stored["image"])
 
 
+# An evaluation ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "mse"])
+@pytest.mark.parametrize("sparsity", [None, 0.5])
+def test_what_made_the_score_worse_is_not_kept(metric: str, sparsity: float | None, folder: pathlib.Path) -> None:
+    x = arrays(64)["x"]
+    z = outputs(mlp(), {"x": x})["z"]
+    np.savez(folder / "eval.npz", x=x, y=z.argmax(-1) if metric == "accuracy" else z)
+    np.savez(folder / "wrong.npz", x=x, y=(z.argmax(-1) + 1) % 4)
+    wrong = Finetune(data=str(folder / "wrong.npz"), epochs=5, lr=0.1, sparsity=sparsity)
+    done = oc.compress(folder / "model.onnx", [wrong], evaluate=folder / "eval.npz", metric=metric)
+    (step,) = done.steps
+    if sparsity is None:
+        (said,) = step.coverage.warnings
+        assert said.startswith(f"what was learned is not kept: the score went from {1 - (metric == 'mse'):.4f} to ")
+        assert {(entry.reason, entry.detail) for entry in step.coverage.left} == {(Reason.WORSE, said)}
+        assert not step.coverage.changed
+        for before, after in zip(weights(load(mlp())), weights(done.model), strict=True):
+            np.testing.assert_array_equal(before.array(), after.array())
+    else:  # what it would go back to is not pruned
+        assert step.coverage.changed
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "mse"])
+def test_what_made_the_score_better_is_kept_whichever_way_the_metric_counts(metric: str, folder: pathlib.Path) -> None:
+    x = arrays(64)["x"]
+    z = outputs(mlp(), {"x": x})["z"]
+    np.savez(folder / "eval.npz", x=x, y=z.argmax(-1) if metric == "accuracy" else z)
+    recipe = [MagnitudePruning(sparsity=0.9), Distill(epochs=15, batch=16)]
+    given: dict[str, Any] = {"evaluate": folder / "eval.npz", "metric": metric}
+    step = oc.compress(folder / "model.onnx", recipe, calibration=folder / "x.npz", **given).steps[1]
+    assert step.coverage.changed
+    assert step.score is not None
+    assert step.score_before is not None
+    assert step.score > step.score_before if metric == "accuracy" else step.score < step.score_before
+
+
 # An interrupted training ------------------------------------------------------------------------------------------
 
 CHILD = """
