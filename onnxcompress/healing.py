@@ -27,7 +27,7 @@ from onnxcompress.training.checkpoint import Epoch
 from onnxcompress.training.distill import Conditions, Evaluation, Settings, Trained, distill, write
 from onnxcompress.training.initial import randomize
 from onnxcompress.training.runner import cores
-from onnxcompress.training.targets import Objective
+from onnxcompress.training.targets import HOTTEST, Objective
 from onnxcompress.validation.metrics import metric_named
 
 Path = str | os.PathLike[str]
@@ -156,8 +156,8 @@ def _choice(done: Trained, before: float, higher: bool) -> str:
 
 def _check(objective: Objective, settings: Settings, evaluate: Any, metric: Any) -> None:
     temperature, alpha, lr = objective.temperature, objective.alpha, settings.lr
-    if temperature is not None and not temperature > 0:
-        raise PassError(f"temperature: wanted a number above 0, got {temperature}")
+    if temperature is not None and not 0 < temperature <= HOTTEST:
+        raise PassError(f"temperature: wanted a number above 0 and up to {HOTTEST:g}, got {temperature}")
     if alpha is not None and not 0 <= alpha <= 1:
         raise PassError(f"alpha: wanted a share from 0 to 1, got {alpha}")
     if lr is not None and not lr > 0:

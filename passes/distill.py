@@ -11,7 +11,7 @@ from onnxcompress.contract import Coverage, Run, parameter
 from onnxcompress.errors import PassError
 from onnxcompress.model.load import load
 from onnxcompress.passes.training.training import Training
-from onnxcompress.training.targets import ALPHA, FEATURE_LOSSES, TEMPERATURE
+from onnxcompress.training.targets import ALPHA, FEATURE_LOSSES, HOTTEST, TEMPERATURE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class Distill(Training):
 
     teacher: str = parameter("", "model to learn from; the recipe's input where none is given", file=True)
     temperature: float | None = parameter(
-        None, f"of the soft targets; {TEMPERATURE:g}, or the logits' spread where that is more", gt=0
+        None, f"of the soft targets; {TEMPERATURE:g}, or the logits' spread where that is more", gt=0, le=HOTTEST
     )
     alpha: float | None = parameter(None, f"share of the labels' loss; {ALPHA:g}", ge=0, le=1)
     squared: bool = parameter(True, "multiply the soft targets' loss by T^2")

@@ -34,9 +34,10 @@ def choose(
     `next_tokens`: int64 [samples, positions], when the model is a causal language model and there are no labels.
 
     Raises:
-        DataError: the labels fit no output, are out of range, or are needed and missing.
+        DataError: the labels fit no output, are out of range or no numbers, or are needed and missing.
     """
     found, given = [], samples.labels
+    _check_finite(given)
     for index, (student, teacher) in enumerate(pairs):
         shape = logits[student.output].shape
         if student.kind == "feature":
@@ -51,7 +52,10 @@ def choose(
     if samples.labels is not None and given is not None:
         outputs = [student.output for student, _ in pairs if student.kind != "feature"]
         told = ", ".join(f"{output} {list(logits[output].shape)}" for output in outputs)
-        raise DataError(f"labels of shape {list(samples.labels.shape)} ({samples.labels.dtype}) fit no output: {told}")
+        what = f"labels of shape {list(samples.labels.shape)} ({samples.labels.dtype})"
+        if samples.labels.dtype.kind == "f" and not np.array_equal(samples.labels, np.rint(samples.labels)):
+            what += ", not all of them whole numbers, as those of classes are,"
+        raise DataError(f"{what} fit no output: {told}")
     if not soft:
         found = [target for target in found if target.labels is not None]
         if not found:
@@ -107,6 +111,15 @@ def _class_axis(labels: tuple[int, ...], logits: tuple[int, ...], preferred: int
         if 0 < axis < len(logits) and labels[1:] == tuple(d for i, d in enumerate(logits) if i != axis)[1:]:
             return axis
     return None
+
+
+def _check_finite(labels: np.ndarray | None) -> None:
+    if labels is None or labels.dtype.kind != "f" or np.isfinite(labels).all():
+        return
+    sample, *at = np.argwhere(~np.isfinite(labels))[0]
+    raise DataError(
+        f"the label of sample {sample} holds {labels[(sample, *at)]}: mend it, or leave the sample out of the data"
+    )
 
 
 def _checked(labels: np.ndarray, classes: int, output: str) -> np.ndarray:

@@ -46,8 +46,6 @@ class Feeder:
         for name, array in self._samples.feeds.items():
             if told := _first(array[indices], indices):
                 return f"{told} in the input {name!r}"
-        if self._samples.labels is not None and (told := _first(self._samples.labels[indices], indices)):
-            return f"{told} in its label"
         has_teacher = any(target.soft for target in self._targets)
         logits = self._guide.logits(self._samples.call(indices)[0]) if has_teacher else {}
         for name, array in logits.items():

@@ -20,6 +20,7 @@ Loss = Literal["auto", "classes", "binary", "values", "cosine"]
 LOSSES: tuple[str, ...] = ("auto", "classes", "binary", "values", "cosine")
 IGNORED = -100
 TEMPERATURE, ALPHA = 2.0, 0.1
+HOTTEST = 1e6  # at which soft targets are flat in single precision, long before T^2 leaves it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +54,9 @@ class Objective:
         """The T that is used for a teacher's logits."""
         if self.temperature is not None:
             return self.temperature
-        spread = float(np.std(logits, axis=axis).mean()) if axis < logits.ndim else float(np.abs(logits).mean())
-        return max(TEMPERATURE, spread)
+        wide = logits.astype(np.float64)
+        spread = float(np.std(wide, axis=axis).mean()) if axis < logits.ndim else float(np.abs(wide).mean())
+        return min(max(TEMPERATURE, spread), HOTTEST)
 
 
 @dataclasses.dataclass(frozen=True)

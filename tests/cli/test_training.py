@@ -74,6 +74,13 @@ TRAINING_MISTAKES: list[tuple[list[str], str]] = [
     ([*S, "--data", T, "--lr", "nan"], "--lr"),
     ([*S, "--data", T, "--weight-decay", "inf"], "--weight-decay"),
     ([*S, "--data", T, "--temperature", "-1"], "--temperature"),
+    ([*S, "--data", T, "--temperature", "1e30"], "--temperature"),
+    ([*S, "--data", T, "--alpha", "2"], "--alpha"),
+    ([*S, "--data", "nan.npz"], "the label of sample 3 holds nan: mend it, or leave the sample out of the data"),
+    ([*N, "--data", "between.npz"], "not all of them whole numbers, as those of classes are, fit no output: logits"),
+    ([*S, "--data", "zero.npz"], "zero.npz: holds no samples"),
+    ([*S, "--data", "cut.npz"], "cut.npz: not a readable .npz file"),
+    ([*S, "--data", "words.npz"], "words.npz: input 'image': wanted float32"),
     ([*S, "--data", T, "--alpha", "1.5"], "--alpha"),
     ([*S, "--data", T, "--clip", "-1"], "--clip"),
     ([*S, "--data", T, "--ema", "1"], "--ema"),
@@ -118,6 +125,11 @@ def _training_files(folder: pathlib.Path) -> None:
     np.savez(folder / "inputless.npz", picture=image, y=y)
     np.savez(folder / "wide.npz", image=np.repeat(image, 2, axis=-1), y=y)
     np.savez(folder / "beyond.npz", image=image, y=np.where(np.arange(40) == 3, 10, y))
+    np.savez(folder / "nan.npz", image=image, y=np.where(np.arange(40) == 3, np.nan, y))
+    np.savez(folder / "between.npz", image=image, y=y + 0.5)
+    np.savez(folder / "zero.npz", image=image[:0], y=y[:0])
+    np.savez(folder / "words.npz", image=np.array(["a"] * 40), y=y)
+    (folder / "cut.npz").write_bytes((folder / "beyond.npz").read_bytes()[:2000])
     np.savez(folder / "misfit.npz", image=image, y=np.zeros((40, 3), np.int64))
     np.savez(folder / "unlabelled.npz", image=image)
     np.savez(folder / "x.npz", x=floats(40, 16), y=np.arange(40) % 8)

@@ -200,6 +200,7 @@ def test_soft_targets_follow_the_scale_of_the_logits() -> None:
     assert Objective().temperature_for(wide, 1) == 2
     assert Objective().temperature_for(wide * 1000, 1) == pytest.approx(950, rel=0.1)
     assert Objective(temperature=3).temperature_for(wide * 1000, 1) == 3
+    assert Objective().temperature_for(wide * np.float32(1e30), 1) == 1e6  # T^2 stays within single precision
 
 
 def test_what_does_not_fit_is_refused() -> None:

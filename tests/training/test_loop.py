@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from onnxcompress.errors import PassError
+from onnxcompress.errors import DataError, PassError
 from onnxcompress.model.load import load
 from onnxcompress.training import loop
 from onnxcompress.training.checkpoint import Checkpoint, Checkpoints, Epoch
@@ -224,8 +224,17 @@ def test_the_sample_whose_label_is_no_number_is_named() -> None:
     x = floats(64, 6)
     y = floats(64, 4)
     y[33, 2] = -np.inf
-    told = stopped(load(mlp()), {"x": x, "y": y})
-    assert "the data holds values that are not finite: sample 33 holds -inf in its label" in told
+    student = load(mlp())
+    with pytest.raises(DataError, match="the label of sample 33 holds -inf: mend it, or leave the sample out"):
+        distill(None, student, opened(student, {"x": x, "y": y}))
+
+
+def test_a_teacher_that_gives_no_number_is_named(tmp_path: pathlib.Path) -> None:
+    x = np.abs(floats(64, 6))
+    x[50] = 1000
+    teacher, student = load(exponential()), load(mlp())
+    with pytest.raises(PassError, match=r"the teacher gives no number: sample 50 holds nan in its output 'z'$"):
+        distill(teacher, student, opened(student, {"x": x}), settings=Settings(epochs=1, batch=16))
 
 
 def test_an_earlier_checkpoint_outlives_weights_that_are_not_finite(tmp_path: pathlib.Path, monkeypatch: Any) -> None:
