@@ -14,9 +14,10 @@ from onnxcompress.data.sizes import candidate_sizes
 from onnxcompress.data.synthetic import synthetic_feeds
 from onnxcompress.errors import DataError, ModelError, OnnxCompressError
 from onnxcompress.model.weights import weights
-from onnxcompress.training import heads, parameters, step
+from onnxcompress.training import heads, integers, parameters, step
 
 NO_EFFECT = "has no effect on an output that can be learned"
+SCALE = "the scale of integers, which training keeps unless it is told to learn scales"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +66,7 @@ def trainable(model: ir.Model) -> Trainable:
         copy = _forward(model)
     except OnnxCompressError as error:
         return Trainable({}, dict.fromkeys(keys, str(error)), [], outputs)
+    scales = {weight.key for weight in weights(copy) if integers.is_fixed(weight)}
     exposed = parameters.expose(copy)
     graph = copy.graph
     graph.inputs.extend([*(p.value for p in exposed.parameters), *(value for value, _ in exposed.buffers)])
@@ -82,7 +84,8 @@ def trainable(model: ir.Model) -> Trainable:
         if p.value.name in seen.reached:
             trained.setdefault(p.key, {})[p.part] = int(p.initial.size)
     cut = {key for entry in blocked for key in entry.weights}
-    left = {key: exposed.left.get(key, NO_EFFECT) for key in keys if key not in trained and key not in cut}
+    others = exposed.left | dict.fromkeys(scales, SCALE)
+    left = {key: others.get(key, NO_EFFECT) for key in keys if key not in trained and key not in cut}
     return Trainable(trained, left, blocked, outputs)
 
 

@@ -11,6 +11,7 @@ from onnxcompress import lift as opsets
 from onnxcompress.autodiff.prepare import LEAST_OPSET
 from onnxcompress.errors import PassError
 from onnxcompress.model import bridge
+from onnxcompress.training import integers
 from onnxcompress.training.hoist import hoist
 from onnxcompress.training.ties import untie
 from onnxcompress.training.wide import widen
@@ -21,6 +22,7 @@ LIFTED = 17
 def forward(model: ir.Model, feeder: Iterable[Any]) -> ir.Model:
     """A copy of `model` that can be trained: opset 13 or later, BatchNormalization by its running statistics.
 
+    Integer operators are float operators of dequantized operands (`integers.lift`).
     Vectors an exporter merged are weights of their own (`ties.untie`), weights of functions lie in the main graph
     (`hoist.hoist`), and half precision is computed in single (`wide.widen`).
 
@@ -35,6 +37,9 @@ def forward(model: ir.Model, feeder: Iterable[Any]) -> ir.Model:
             raise PassError(f"training needs opset {LEAST_OPSET}, the model has {opset}, and {why}")
     for value in [v for v in copy.graph.inputs if v.is_initializer()]:
         copy.graph.inputs.remove(value)  # a default that a caller may replace is trained like any other weight
+    if integers.least_opset(copy) > copy.opset_imports[""]:
+        opsets.lift(copy, integers.least_opset(copy), feeder)  # where it fails, these weights are not trained
+    integers.lift(copy)
     hoist(copy)
     untie(copy)
     widen(copy)

@@ -14,7 +14,7 @@ from onnxcompress.errors import PassError
 from onnxcompress.model.roles import WEIGHT_ROLES
 from onnxcompress.model.weights import Weight, weights
 from onnxcompress.numerics.transforms import is_transform
-from onnxcompress.training import scales
+from onnxcompress.training import integers, scales
 
 REFERENCE_RMS, LEAST_STEP, LARGEST_STEP = 0.05, 0.01, 4.0
 _HALF = {"float16", "bfloat16"}
@@ -156,10 +156,10 @@ def expose(
     `allows`: the user's selection. `restate`: the encoding in which a weight trains. `learn_scales`: those of integers.
     """
     exposed = Exposed(learn_scales=learn_scales)
-    found = weights(model)
+    found = [weight for weight in weights(model) if not integers.is_fixed(weight)]
     behind = behind_weights(model, found)
     for weight in found:
-        reason = refusal(weight, behind) if allows(weight) else "not selected"
+        reason = integers.refusal(weight) or refusal(weight, behind) if allows(weight) else "not selected"
         if reason:
             exposed.left[weight.key] = reason
             continue
@@ -181,8 +181,6 @@ def refusal(weight: Weight, behind: set[int]) -> str:
         return "lives in a function of the model"
     if weight.value.is_graph_output():
         return "is itself an output"
-    if getattr(weight.encoding, "form", None) == "integer":
-        return "its consumer takes integers, which no gradient passes"
     if any(use.op_type == "BatchNormalization" and use.index in _RUNNING_STATISTICS for use in weight.uses):
         return "running statistics, measured and not learned"
     array = weight.array()

@@ -15,6 +15,7 @@ from onnxcompress.encodings.base import Encoding
 from onnxcompress.errors import PassError
 from onnxcompress.model.weights import weights
 from onnxcompress.numerics.error import relative_rms
+from onnxcompress.training import integers
 from onnxcompress.training.checkpoint import Epoch
 from onnxcompress.training.targets import Objective, Target
 from onnxcompress.training.ties import untie
@@ -44,12 +45,15 @@ def write(
     model: ir.Model, trained: Mapping[str, Mapping[str, np.ndarray]], work: pathlib.Path | None = None
 ) -> dict[str, float]:
     """Put trained parameters into the encodings of `model`'s weights, in place; the relative change of each weight."""
-    errors = {}
     found = {weight.key: weight for weight in weights(model, work)}
-    if not trained.keys() <= found.keys():
+    places = integers.places(model)
+    if not trained.keys() <= found.keys() | places.keys():
         untie(model)  # as the training did
         found = {weight.key: weight for weight in weights(model, work)}
+    errors = places.store(trained)
     for key, parts in trained.items():
+        if key in places:
+            continue
         if key not in found:
             raise PassError(f"the weight {key!r} was lost in training (a bug)")
         weight = found[key]

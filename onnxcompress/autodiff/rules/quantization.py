@@ -12,7 +12,7 @@ import onnx_ir as ir
 from onnxcompress.autodiff.rule import STRAIGHT_THROUGH, Context, Grads, rule
 from onnxcompress.autodiff.tensor import Tensor
 
-STRAIGHT_THROUGH.add(("", "QuantizeLinear"))
+STRAIGHT_THROUGH.update({("", "QuantizeLinear"), ("", "DynamicQuantizeLinear")})
 
 _RANGES = {
     ir.DataType.UINT8: (0, 255),
@@ -33,8 +33,8 @@ def quantize_linear(c: Context) -> Grads:
     kind = c.y[0].dtype
     if kind not in _RANGES:
         raise c.refuse(f"quantization to {kind.name} has no rule")
-    scale = _along(c, c.x[1]).cast(x.dtype)
-    zero = _along(c, c.x[2]).cast(x.dtype) if c.has(2) else None
+    scale = _along(c, c.x[1].cast(x.dtype))
+    zero = _along(c, c.x[2].cast(x.dtype)) if c.has(2) else None
     steps = x / scale
     low, high = _RANGES[kind]
     reached = steps if zero is None else steps + zero
@@ -43,12 +43,18 @@ def quantize_linear(c: Context) -> Grads:
     return [passed, _gathered(c, -(passed * steps), c.x[1]), None]
 
 
+@rule("DynamicQuantizeLinear")
+def dynamic_quantize_linear(c: Context) -> Grads:
+    """q = round(x/s) + z: dx = g/s; the scale is taken as given, all of the range lies inside."""
+    return [c.gs[0] / c.y[1] if c.gs[0] is not None else None]
+
+
 @rule("DequantizeLinear")
 def dequantize_linear(c: Context) -> Grads:
     """y = (q - z) s: dq = g s, ds = g (q - z)."""
     q, g = c.x[0].cast(c.g.dtype), c.g
-    scale = _along(c, c.x[1]).cast(g.dtype)
-    centred = q - _along(c, c.x[2]).cast(g.dtype) if c.has(2) else q
+    scale = _along(c, c.x[1].cast(g.dtype))
+    centred = q - _along(c, c.x[2].cast(g.dtype)) if c.has(2) else q
     return [g * scale, _gathered(c, g * centred, c.x[1]), None]
 
 
