@@ -77,7 +77,7 @@ class Tracer:
         self._calls: dict[int, list[ir.Node]] = {}
         self._function_of: dict[int, ir.Function] = {id(f.graph): f for f in model.functions.values()}
         self._static: set[int] = set()
-        self._known: dict[tuple[int, int, int, bool], _Reached] = {}
+        self._known: dict[tuple[int, int, int | None, bool], _Reached] = {}
         for root in [model.graph, *(f.graph for f in model.functions.values())]:
             for node in ir.traversal.RecursiveGraphIterator(root):
                 for graph in subgraphs(node):
@@ -88,20 +88,25 @@ class Tracer:
                 elif all(v is None or self._fixed(v) for v in node.inputs) and not any(subgraphs(node)):
                     self._static |= {id(v) for v in node.outputs if not node.op_type.startswith("Random")}
 
-    def uses(self, value: ir.Value, shape: Iterable[int]) -> tuple[Use, ...]:
-        """Every consumer of `value`, a tensor of `shape`, through views, casts, branches and function calls."""
-        dims = tuple(shape)
-        return self._reach(value, len(dims), sum(1 for d in dims if d != 1) <= 1, leave=True).uses
+    def uses(self, value: ir.Value, shape: Iterable[int] | None) -> tuple[Use, ...]:
+        """Every consumer of `value`, a tensor of `shape`, through views, casts, branches and function calls.
+
+        `shape` None: unknown, and so are the axes of the uses.
+        """
+        dims = None if shape is None else tuple(shape)
+        vector = dims is not None and sum(1 for d in dims if d != 1) <= 1
+        return self._reach(value, None if dims is None else len(dims), vector, leave=True).uses
 
     def _fixed(self, value: ir.Value) -> bool:
         return value.is_initializer() or id(value) in self._static
 
-    def _reach(self, value: ir.Value, rank: int, vector: bool, leave: bool) -> _Reached:
+    def _reach(self, value: ir.Value, rank: int | None, vector: bool, leave: bool) -> _Reached:
         """`leave`: an output of a function goes on at every call of it, as for a constant of its body."""
         found: dict[tuple[int, int, int | None, tuple[int, ...]], Use] = {}
         exits: dict[tuple[int, Axes], None] = {}
         seen: set[int] = set()
-        todo: list[tuple[ir.Value, Axes, tuple[ir.Node, ...]]] = [(value, tuple(range(rank)), ())]
+        axes: Axes = None if rank is None else tuple(range(rank))
+        todo: list[tuple[ir.Value, Axes, tuple[ir.Node, ...]]] = [(value, axes, ())]
         while todo:
             at, axes, path = todo.pop()
             if id(at) in seen:
@@ -133,7 +138,7 @@ class Tracer:
                     _add(found, _use(node, index, axes, path, vector))
         return _Reached(tuple(found.values()), tuple(exits))
 
-    def _into(self, function: ir.Function, index: int, rank: int, vector: bool) -> _Reached:
+    def _into(self, function: ir.Function, index: int, rank: int | None, vector: bool) -> _Reached:
         """What happens to input `index` inside `function`, found once: calls may nest to any number of paths."""
         key = (id(function), index, rank, vector)
         if key not in self._known:

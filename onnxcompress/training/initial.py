@@ -11,7 +11,7 @@ import onnx_ir as ir
 from onnxcompress.encodings import Dense
 from onnxcompress.model.roles import WEIGHT_ROLES
 from onnxcompress.model.weights import Weight, weights
-from onnxcompress.training.parameters import behind_weights, refusal
+from onnxcompress.training.learned import Learned
 
 _SCALE_SHIFT = {1: 1.0, 2: 0.0}
 _NEUTRAL: dict[str, dict[int, float]] = {  # operator -> input -> value
@@ -33,13 +33,13 @@ def randomize(model: ir.Model, seed: int) -> int:
     vectors keep their values. Each weight's draw depends on the seed and its name alone.
     """
     found = weights(model)
-    behind = behind_weights(model, found)
+    learned = Learned(model, found)
     count = 0
     for weight in found:
         if weight.encoding.kind != "dense":
             continue
         fresh = _neutral(weight)
-        if fresh is None and not refusal(weight, behind):
+        if fresh is None and not learned.refusal(weight):
             fresh = _drawn(weight, seed)
         if fresh is not None:
             weight.replace(Dense(fresh.astype(weight.dtype)))

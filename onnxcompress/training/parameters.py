@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,16 +11,13 @@ import onnx_ir as ir
 
 from onnxcompress.encodings.base import Encoding, Tape
 from onnxcompress.errors import PassError
-from onnxcompress.model.roles import WEIGHT_ROLES
 from onnxcompress.model.weights import Weight, weights
-from onnxcompress.numerics.transforms import is_transform
-from onnxcompress.training import integers, scales
+from onnxcompress.training import scales
+from onnxcompress.training.learned import Learned
 
 REFERENCE_RMS, LEAST_STEP, LARGEST_STEP = 0.05, 0.01, 4.0
 _HALF = {"float16", "bfloat16"}
 _VALUES = ("w", "values", "freed")  # parts that hold elements of the weight itself
-_RUNNING_STATISTICS = (3, 4)  # inputs of BatchNormalization that are measured, not learned
-_MASK_LIKE = 1e4  # a constant of larger magnitude is an attention mask, not a weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,63 +153,21 @@ def expose(
     `allows`: the user's selection. `restate`: the encoding in which a weight trains. `learn_scales`: those of integers.
     """
     exposed = Exposed(learn_scales=learn_scales)
-    found = [weight for weight in weights(model) if not integers.is_fixed(weight)]
-    behind = behind_weights(model, found)
+    found = weights(model)
+    learned = Learned(model, found)
     for weight in found:
-        reason = integers.refusal(weight) or refusal(weight, behind) if allows(weight) else "not selected"
+        reason = learned.refusal(weight) if allows(weight) else "not selected"
         if reason:
             exposed.left[weight.key] = reason
             continue
         inner = restate(weight)
-        layer = weight.role in WEIGHT_ROLES and len(weight.shape) > 1
+        layer = learned.is_layer(weight)
         wide = inner.dtype.name in _HALF and all(use.node.op_type == "Cast" for use in weight.value.uses())
         try:
             weight.replace(_InTraining(inner, exposed, weight.key, layer, wide))
         except PassError as error:
             exposed.left[weight.key] = str(error)
     return exposed
-
-
-def refusal(weight: Weight, behind: set[int]) -> str:
-    """Why `weight` is not trained; "" when it is. `behind`: ids of nodes that a layer's output reaches."""
-    if weight.attribute is not None:
-        return "lives in an attribute of a node"
-    if isinstance(weight.root, ir.Function):
-        return "lives in a function of the model"
-    if weight.value.is_graph_output():
-        return "is itself an output"
-    if any(use.op_type == "BatchNormalization" and use.index in _RUNNING_STATISTICS for use in weight.uses):
-        return "running statistics, measured and not learned"
-    array = weight.array()
-    if not np.isfinite(array.astype(np.float32, copy=False)).all():
-        return "holds values that are not finite"
-    if weight.role in ("other", "bias") and not _scales(weight, array, behind):
-        return "a constant, no weight of a layer"
-    if weight.role in WEIGHT_ROLES and is_transform(array, weight.axis()):
-        return "a fixed transform, not learned"
-    return ""
-
-
-def _scales(weight: Weight, array: np.ndarray, behind: set[int]) -> bool:
-    """True for a vector that scales or shifts what comes out of a layer; the mean of the inputs is none."""
-    if any(use.role == "bias" and use.op_type not in ("Add", "Sub") for use in weight.uses):
-        return True
-    vector = sum(1 for d in weight.shape if d != 1) <= 1
-    return vector and bool(np.abs(array).max() < _MASK_LIKE) and any(id(use.node) in behind for use in weight.uses)
-
-
-def behind_weights(model: ir.Model, found: Sequence[Weight]) -> set[int]:
-    """ids of the main graph's nodes with an input that comes from a layer with weights."""
-    reached: set[int] = set()
-    behind: set[int] = set()
-    layers = {id(use.node) for weight in found if weight.role in WEIGHT_ROLES for use in weight.uses}
-    for node in model.graph:
-        after = any(id(v) in reached for v in node.inputs if v is not None)
-        if after:
-            behind.add(id(node))
-        if after or id(node) in layers:
-            reached.update(id(v) for v in node.outputs)
-    return behind
 
 
 def _input(name: str, array: np.ndarray) -> ir.Value:
