@@ -12,7 +12,7 @@ import onnx_ir as ir
 from onnxcompress.encodings.base import Encoding, Tape
 from onnxcompress.errors import PassError
 from onnxcompress.model.weights import Weight, weights
-from onnxcompress.training import scales
+from onnxcompress.training import integers, scales
 from onnxcompress.training.learned import Learned
 
 REFERENCE_RMS, LEAST_STEP, LARGEST_STEP = 0.05, 0.01, 4.0
@@ -153,10 +153,10 @@ def expose(
     `allows`: the user's selection. `restate`: the encoding in which a weight trains. `learn_scales`: those of integers.
     """
     exposed = Exposed(learn_scales=learn_scales)
-    found = weights(model)
+    found = [weight for weight in weights(model) if not integers.is_fixed(weight)]
     learned = Learned(model, found)
     for weight in found:
-        reason = learned.refusal(weight) if allows(weight) else "not selected"
+        reason = integers.refusal(weight) or learned.refusal(weight) if allows(weight) else "not selected"
         if reason:
             exposed.left[weight.key] = reason
             continue
