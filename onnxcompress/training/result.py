@@ -16,6 +16,7 @@ from onnxcompress.errors import PassError
 from onnxcompress.model.weights import weights
 from onnxcompress.numerics.error import relative_rms
 from onnxcompress.training import integers
+from onnxcompress.training.biases import following
 from onnxcompress.training.checkpoint import Epoch
 from onnxcompress.training.targets import Objective, Target
 from onnxcompress.training.ties import untie
@@ -44,14 +45,17 @@ class Trained:
 def write(
     model: ir.Model, trained: Mapping[str, Mapping[str, np.ndarray]], work: pathlib.Path | None = None
 ) -> dict[str, float]:
-    """Put trained parameters into the encodings of `model`'s weights, in place; the relative change of each weight."""
+    """Put trained parameters into the encodings of `model`'s weights, in place; the relative change of each weight.
+
+    Nodes, and where and how each constant is stored, stay what they are.
+    """
     found = {weight.key: weight for weight in weights(model, work)}
     places = integers.places(model)
     if not trained.keys() <= found.keys() | places.keys():
         untie(model)  # as the training did
         found = {weight.key: weight for weight in weights(model, work)}
     errors = places.store(trained)
-    for key, parts in trained.items():
+    for key, parts in following(trained, found).items():
         if key in places:
             continue
         if key not in found:

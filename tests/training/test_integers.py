@@ -344,7 +344,7 @@ def test_a_bias_that_is_not_trained_keeps_its_value_at_a_learned_scale(tmp_path:
     student = load(static(saved(convolutions(), tmp_path), "x", (8, 2, 8, 8)))
     before = constants(student)
     w1 = integers.places(student)["w1"].encoding
-    assert write(student, {"w1": {"w": w1.decode(), "scale": w1.scale * np.float32(4)}}).keys() == {"w1"}
+    assert write(student, {"w1": {"w": w1.decode(), "scale": w1.scale * np.float32(4)}}).keys() == {"w1", "b1"}
     after = constants(student)
     np.testing.assert_allclose(after["b1_quantized"], before["b1_quantized"] / 4, atol=0.5)
     np.testing.assert_allclose(after["w1_quantized"], before["w1_quantized"] / 4, atol=0.5)

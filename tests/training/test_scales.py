@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
+from onnx import numpy_helper
 
+from onnxcompress.contract import Select
 from onnxcompress.encodings import Affine, Encoding
 from onnxcompress.model.load import load
 from onnxcompress.model.weights import weights
+from onnxcompress.runtime.session import open_session
 from onnxcompress.training import step
 from onnxcompress.training.distill import Settings, distill, write
 from onnxcompress.training.optimizers import SGD
 from onnxcompress.training.runner import Runner
 from onnxcompress.training.scales import gradient_scale
-from tests.builders import floats
+from tests.builders import floats, graph, info, model, node
 from tests.training.small import arrays, mlp, opened
 from tests.training.test_step import FEEDS, cross_entropy, feeds, numpy_step
 
@@ -95,3 +99,61 @@ def test_one_zero_point_for_scales_of_many_channels() -> None:
     assert after.encoding.form == "folded"
     np.testing.assert_array_equal(after.encoding.scale, scale)
     assert np.any(after.array() != before)
+
+
+def integer_layers() -> onnx.ModelProto:
+    """x [n, 6] -> Gemm -> Relu -> Gemm = z, all of it between QuantizeLinear and DequantizeLinear, biases in int32."""
+    plain = {t.name: numpy_helper.to_array(t) for t in mlp().graph.initializer}
+    nodes: list[onnx.NodeProto] = []
+    given: dict[str, np.ndarray] = {}
+    x = "x"
+    for name, x_scale, y in (("1", 0.03, "h"), ("2", 0.02, "z")):
+        w, b = plain[f"w{name}"], plain[f"b{name}"]
+        scale = (np.abs(w).max(0) / 127).astype(np.float32)
+        given |= {
+            f"x{name}_scale": np.array(x_scale, np.float32),
+            f"x{name}_zero": np.array(128 if name == "1" else 0, np.uint8),
+            f"w{name}.q": np.rint(w / scale).astype(np.int8),
+            f"w{name}.scale": scale,
+            f"w{name}.zero_point": np.zeros(scale.shape, np.int8),
+            f"b{name}.q": np.rint(b / (scale * np.float32(x_scale))).astype(np.int32),
+            f"b{name}.scale": (scale * np.float32(x_scale)).astype(np.float32),
+        }
+        nodes += [
+            node("QuantizeLinear", [x, f"x{name}_scale", f"x{name}_zero"], [f"x{name}_q"], name=f"quantize{name}"),
+            node("DequantizeLinear", [f"x{name}_q", f"x{name}_scale", f"x{name}_zero"], [f"x{name}"], name=f"d{name}"),
+            node("DequantizeLinear", [f"w{name}.q", f"w{name}.scale", f"w{name}.zero_point"], [f"w{name}"], axis=1),
+            node("DequantizeLinear", [f"b{name}.q", f"b{name}.scale"], [f"b{name}"], axis=0),
+            node("Gemm", [f"x{name}", f"w{name}", f"b{name}"], [y], name=f"gemm{name}"),
+        ]
+        if name == "1":
+            nodes.append(node("Relu", [y], ["r"], name="relu"))
+            x = "r"
+    inputs, results = [info("x", ["n", 6])], [info("z", ["n", 4])]
+    held = [numpy_helper.from_array(array, name) for name, array in given.items()]
+    return model(graph(nodes, inputs, results, held))
+
+
+@pytest.mark.parametrize("biases", [True, False])
+def test_biases_in_integers_follow_learned_scales(biases: bool) -> None:
+    """ONNX Runtime 1.32 makes a QGemm of it and takes x_scale * w_scale for the bias's scale, whatever that is."""
+    student = load(integer_layers())
+    select = Select() if biases else Select(exclude=("b1", "b2"))
+    settings = Settings(epochs=10, batch=16, lr=2e-2, learn_scales=True, select=select)
+    done = distill(load(mlp()), student, opened(student, arrays(64)), settings=settings)
+    assert ("b1" in done.parameters) == biases
+    before = {weight.key: weight.encoding for weight in weights(student)}
+    write(student, done.parameters)
+    after = {weight.key: weight.encoding for weight in weights(student)}
+    for number, x_scale in (("1", 0.03), ("2", 0.02)):
+        w, b, old = after[f"w{number}"], after[f"b{number}"], before[f"b{number}"]
+        assert isinstance(w, Affine)
+        assert isinstance(b, Affine)
+        assert isinstance(old, Affine)
+        assert np.abs(b.scale / old.scale - 1).max() > 0.01
+        np.testing.assert_allclose(b.scale, w.scale * x_scale, rtol=1e-6)
+        wanted = done.parameters[f"b{number}"]["w"] if biases else old.decode()
+        assert np.all(np.abs(b.decode() - wanted) <= 0.501 * b.scale)
+    feeds_ = {"x": arrays(32)["x"]}
+    with open_session(student, optimize=False) as plain, open_session(student) as fused:
+        np.testing.assert_allclose(fused.run(feeds_)["z"], plain.run(feeds_)["z"], atol=0.02)

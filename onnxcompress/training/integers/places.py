@@ -69,7 +69,7 @@ class Places(Mapping[str, Place]):
             if "scale" in parts and place.scale:
                 self._put(place.scale, new.scale)
             errors[place.key] = relative_rms(encoding.decode(), new.decode())
-        return {key: error for key, error in errors.items() if key in trained}
+        return errors
 
     def _put(self, name: str, array: np.ndarray) -> None:
         """Store `array` in the constant `name`, in its shape and type."""
