@@ -20,6 +20,7 @@ from onnxcompress.training.average import Average
 from onnxcompress.training.checkpoint import Checkpoints
 from onnxcompress.training.feeding import Feeder
 from onnxcompress.training.gradual import Gradual, restated, rise
+from onnxcompress.training.heads import Head
 from onnxcompress.training.loop import Loop, Plan, is_better
 from onnxcompress.training.result import Trained, told, write
 from onnxcompress.training.runner import Runner
@@ -65,12 +66,7 @@ def distill(
     if original is not None:
         matching.check_inputs(original, data)
     all_samples = samples.collect(data, conditions.work)
-    mine = heads.chosen(heads.heads(student), settings.outputs, "the student")
-    pairs = [(head, head) for head in mine]
-    if original is not None:
-        pairs = heads.pairs(mine, heads.heads(original), settings.outputs)
-    alone = [head.output for head in mine if all(head is not paired for paired, _ in pairs)]
-    pairs += heads.features(objective.features, student, original)
+    pairs, alone = _paired(original, student, objective, settings)
     size = matching.batch_of(student, original, all_samples.count)
     with contextlib.ExitStack() as stack:
         source = original if original is not None else student
@@ -92,18 +88,14 @@ def distill(
             learn_scales=settings.learn_scales,
             restate=keeping if settings.sparsity is None else restated(keeping),
         )
-        unit = size or 1
-        batch = max(min(settings.batch, all_samples.count) // unit, 1) * unit
-        if graph.running and (size == 1 or batch == 1):
-            why = "a batch that is fixed to 1 sample: free the batch" if size == 1 else "batches of 1 sample: take more"
-            raise PassError(f"BatchNormalization cannot be trained on {why}, or keep its statistics frozen")
-        chosen = feeding.cached(chosen, pairs, guide, all_samples, size or settings.batch, conditions)
+        batch = _batch(settings.batch, all_samples.count, size, is_whole=bool(graph.running))
+        chosen = feeding.cached(chosen, pairs, guide, all_samples, size or batch, conditions)
         feeder = Feeder(chosen, {s.output: t.output for s, t in pairs}, guide, all_samples)
         whole = bool(graph.running) or conditions.provider != "cpu"  # statistics of a batch are of all of it
         order = samples.Order(all_samples.count, batch, settings.seed)
         plan = Plan(
             settings.epochs_of(all_samples.count / batch),
-            size or (settings.batch if whole else samples.call_size(settings.batch)),
+            size or (batch if whole else samples.call_size(batch)),
             settings.patience,
             evaluation.higher_is_better if evaluation else True,
         )
@@ -152,3 +144,32 @@ def distill(
         parameters, left, kept = {}, {**left, **dict.fromkeys(parameters, why)}, 0
     in_force = used(settings, objective, chosen, epochs=plan.epochs, batch=batch)
     return Trained(parameters, loop.history, left, losses, loop.steps, kept, in_force)
+
+
+def _paired(
+    original: ir.Model | None, student: ir.Model, objective: Objective, settings: Settings
+) -> tuple[list[tuple[Head, Head]], list[str]]:
+    """The student's heads and features, each with the teacher's; and its outputs that the teacher has not.
+
+    Without a teacher each stands beside itself.
+    """
+    mine = heads.chosen(heads.heads(student), settings.outputs, "the student")
+    pairs = [(head, head) for head in mine]
+    if original is not None:
+        pairs = heads.pairs(mine, heads.heads(original), settings.outputs)
+    alone = [head.output for head in mine if all(head is not paired for paired, _ in pairs)]
+    return pairs + heads.features(objective.features, student, original), alone
+
+
+def _batch(wanted: int, count: int, size: int | None, *, is_whole: bool) -> int:
+    """Samples an update: as many as `wanted` and `count` have room for, in whole calls of `size`.
+
+    Raises:
+        PassError: it is one sample, of which a normalization shall take statistics (`is_whole`).
+    """
+    unit = size or 1
+    batch = max(min(wanted, count) // unit, 1) * unit
+    if is_whole and (size == 1 or batch == 1):
+        why = "a batch that is fixed to 1 sample: free the batch" if size == 1 else "batches of 1 sample: take more"
+        raise PassError(f"BatchNormalization cannot be trained on {why}, or keep its statistics frozen")
+    return batch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -11,7 +12,7 @@ from typing import Any, NoReturn, Protocol
 import numpy as np
 
 from onnxcompress.contract import Progress
-from onnxcompress.errors import PassError
+from onnxcompress.errors import OnnxCompressError, PassError
 from onnxcompress.training.average import Average
 from onnxcompress.training.checkpoint import Checkpoint, Checkpoints, Epoch
 from onnxcompress.training.culprit import first_not_finite
@@ -186,8 +187,9 @@ class Loop:
     def _culprit(self, feeds: Sequence[Mapping[str, np.ndarray]]) -> str:
         """The first tensor of the step's forward pass that is not finite, else the first weight's gradient."""
         for call in self._runner.inputs(feeds):
-            if found := first_not_finite(self._graph, call):
-                return found
+            with contextlib.suppress(OnnxCompressError):  # what it says of the loss must not hinge on this
+                if found := first_not_finite(self._graph, call):
+                    return found
         gradients = self._runner.gradients()
         bad = (leaf.key for leaf in self._graph.leaves if not np.isfinite(gradients[leaf.name]).all())
         return next((f"the gradient of {key!r}" for key in bad), "")

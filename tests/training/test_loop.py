@@ -61,6 +61,13 @@ def test_no_sample_is_passed_over_more_than_another(count: int, batch: int) -> N
     assert any(not np.array_equal(other.samples(update), chosen) for update, chosen in enumerate(updates))
 
 
+def test_a_set_smaller_than_a_batch_is_one_batch() -> None:
+    small, told = trained(Settings(epochs=2, batch=64), count=20), trained(Settings(epochs=2, batch=20), count=20)
+    assert small.used["batch"] == told.used["batch"] == 20
+    for key, parts in small.parameters.items():
+        assert told.parameters[key]["w"].tobytes() == parts["w"].tobytes()
+
+
 def test_a_rest_of_an_epoch_begins_the_next() -> None:
     assert trained(Settings(epochs=4, batch=32), count=40).steps == 160 // 32
     assert Settings().epochs_of(40 / 32) == 30
@@ -227,6 +234,21 @@ def test_the_sample_whose_label_is_no_number_is_named() -> None:
     student = load(mlp())
     with pytest.raises(DataError, match="the label of sample 33 holds -inf: mend it, or leave the sample out"):
         distill(None, student, opened(student, {"x": x, "y": y}))
+
+
+def test_a_weight_whose_gradient_is_no_number_is_named() -> None:
+    """The root of 0 is finite and has no derivative."""
+    nodes = [
+        node("MatMul", ["x", "w1"], ["h"], name="one"),
+        node("Relu", ["h"], ["r"], name="relu"),
+        node("Sqrt", ["r"], ["s"], name="root"),
+        node("MatMul", ["s", "w2"], ["z"], name="two"),
+    ]
+    given = tensors(w1=-np.abs(floats(6, 8, seed=1)), w2=floats(8, 4, seed=2))
+    student = load(model(graph(nodes, [info("x", ["n", 6])], [info("z", ["n", 4])], given)))
+    assert stopped(student, {**arrays(64), "x": np.abs(floats(64, 6))}) == (
+        "step 1 (epoch 1): the gradient's norm is nan, first in the gradient of 'w1'; a lower --lr may help"
+    )
 
 
 def test_a_teacher_that_gives_no_number_is_named(tmp_path: pathlib.Path) -> None:
