@@ -57,7 +57,7 @@ def trainable(model: ir.Model) -> Trainable:
         ModelError: its graph cannot be followed.
     """
     keys = [weight.key for weight in weights(model)]
-    found = heads.heads(model)
+    found = heads.chosen(heads.heads(model), (), "the model") if heads.heads(model) else []
     outputs = {head.output: head.logits for head in found}
     if not found:
         why = "no output can be learned: none is a float tensor, or has logits behind it"

@@ -13,6 +13,7 @@ from onnxcompress.data import sequences
 from onnxcompress.data.batch import Batch
 from onnxcompress.data.batching import Batcher, Piece
 from onnxcompress.data.cast import safe_cast
+from onnxcompress.data.decoder import Start
 from onnxcompress.data.preprocess import Preprocess, suggestion
 from onnxcompress.data.specs import InputSpec
 from onnxcompress.errors import DataError
@@ -36,7 +37,9 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Keys:
-    """Which array of a source is which input, which holds the labels, and which are no concern of the model."""
+    """Which array of a source is which input, which holds the labels, and which are no concern of the model.
+
+    Inputs that are known when a text starts (`decoder.Start`) may be missing."""
 
     inputs: dict[str, str]
     labels: str | None
@@ -68,9 +71,10 @@ class Plan:
         for what, value in (("batch", options.batch), ("limit", options.limit), ("pad_to", options.pad_to)):
             if value is not None and value < 1:
                 raise DataError(f"{what}: wanted at least 1, got {value}")
+        self.start = Start(specs)
         self.groups = sequences.groups(specs)
         self.paddable = sequences.paddable(self.groups)
-        firsts = {spec.name: spec.shape[0] for spec in specs if spec.shape}
+        firsts = {spec.name: spec.shape[0] for spec in specs if spec.shape and spec.name not in self.start.flags}
         sizes = {name: dim for name, dim in firsts.items() if isinstance(dim, int)}
         # Inputs with different fixed first axes have no common batch: then one sample is one call.
         several = len(set(sizes.values())) > 1
@@ -94,6 +98,8 @@ class Plan:
         back = {name: key for key, name in options.mapping.items()}
         inputs = {name: back.get(name, name) for name in self.names}
         labels = options.labels or _LABELS
+        absent = self.start.absent([name for name, key in inputs.items() if key in names], where)
+        inputs = {name: key for name, key in inputs.items() if name not in absent}
         for name, key in inputs.items():
             if key not in names:
                 spare = [other for other in names if other not in inputs.values() and other != labels]
@@ -137,6 +143,7 @@ class Plan:
             feeds, valid = sequences.fit(feeds, self.groups, self.options.pad_to, self.options.trim and not piece.whole)
         except DataError as error:
             raise DataError(f"{where}: {error}") from None
+        feeds = self.start.completed(feeds)
         for spec in self.specs:
             self.check(spec.name, feeds[spec.name].shape, feeds[spec.name].dtype, where)
         if piece.labels is not None and len(piece.labels) != piece.units:

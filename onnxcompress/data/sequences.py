@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from onnxcompress.data.sizes import Sizes, axis_key
 from onnxcompress.data.specs import InputSpec
 from onnxcompress.errors import DataError
 
@@ -40,8 +41,22 @@ def groups(specs: Sequence[InputSpec]) -> list[Group]:
         if not isinstance(dim, str) and len(masks) > 1:
             continue  # without a symbol nobody knows which of two sequences an input belongs to
         members = tuple(spec.name for spec in specs if _same_axis(spec, dim))
-        found.append(Group(mask.name, members, dim if isinstance(dim, int) else None, isinstance(dim, str)))
+        new = _new_positions(specs, dim)
+        named = isinstance(dim, str) and not new
+        found.append(Group(mask.name, (*members, *new), dim if isinstance(dim, int) else None, named))
     return found
+
+
+def _new_positions(specs: Sequence[InputSpec], dim: int | str | None) -> tuple[str, ...]:
+    """The inputs that have the positions of a mask less those of the past, which are as many where there is no past."""
+    sizes = Sizes(specs)
+    if dim not in sizes.sums or not sizes.past:
+        return ()
+    return tuple(
+        spec.name
+        for spec in specs
+        if (spec.rank or 0) > _AXIS and "past" not in spec.name.lower() and axis_key(spec, _AXIS) in sizes.free
+    )
 
 
 def _is_mask(name: str) -> bool:

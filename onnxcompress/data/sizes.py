@@ -19,7 +19,8 @@ IDS = "*ids"
 
 _SEQUENCE, _PICTURE, _CHANNELS = 8, 32, 3
 _TRIED = (8, 16, 32, 64, 128, 224, 256, 512, 576, 640, 1024, 16000, 4, 2, 1)
-_STATE = re.compile(r"state|hidden|(^|[^a-z])[hc]_?[0n]?([^a-z]|$)|cell")
+STATE = re.compile(r"state|hidden|(^|[^a-z])[hc]_?[0n]?([^a-z]|$)|cell")
+"""What inputs that hold a recurrent state are called, in lower case."""
 
 
 def axis_key(spec: InputSpec, axis: int) -> str | None:
@@ -142,7 +143,7 @@ def _is_batch(spec: InputSpec, axis: int, key: str) -> bool:
     if axis == 0:
         return "seq" not in lower and "len" not in lower and "time" not in lower
     # Recurrent state is [layers, batch, hidden]; an anonymous axis in it is the batch.
-    return key == f"{spec.name}[{axis}]" and _STATE.search(spec.name.lower()) is not None
+    return key == f"{spec.name}[{axis}]" and STATE.search(spec.name.lower()) is not None
 
 
 def _is_past(spec: InputSpec, key: str, *, shared: bool) -> bool:

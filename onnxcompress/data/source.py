@@ -42,7 +42,8 @@ def open_data(
     Samples lie along the first axis of an array that has its input's rank. An array of one rank more holds one whole
     call a row (models with state), where `batch` does not matter. From dicts also: an array of one rank less is one
     sample, and a list holds samples of different lengths. An input without axes takes one value for every call, or
-    one value a call.
+    one value a call. A decoder's past, its positions and the flag that it has a past may be missing: then every call
+    starts a text.
 
     `labels`: the array with the labels; when not given, `y` if there is one. `mapping`: array -> input, where names
     differ. `batch`: samples a call for inputs with a dynamic first axis, by default at most 32 and at most 64 MB a
@@ -84,14 +85,14 @@ def _tables(path: pathlib.Path, plan: Plan) -> list[Table]:
         raise DataError(f"{path}: no such file or folder")
     if path.suffix == ".npz":
         return [NpzTable(path)]
-    if path.suffix == ".npy" and len(plan.specs) == 1:
+    wanted = [name for name in plan.names if name not in plan.start.names]
+    if path.suffix == ".npy" and len(wanted) == 1:
         back = {name: key for key, name in plan.options.mapping.items()}
-        name = plan.names[0]
+        (name,) = wanted
         return [NpyTable(str(path), {back.get(name, name): path})]
     if path.suffix == ".npy":
         raise DataError(
-            f"{path}: one array for {len(plan.specs)} inputs ({', '.join(plan.names)}); "
-            "give an .npz or a folder of .npy"
+            f"{path}: one array for {len(wanted)} inputs ({', '.join(wanted)}); give an .npz or a folder of .npy"
         )
     raise DataError(f"{path}: wanted an .npz, a folder of .npy or .npz, or file.py:function")
 

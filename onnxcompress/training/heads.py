@@ -8,6 +8,7 @@ from typing import Literal
 
 import onnx_ir as ir
 
+from onnxcompress.data.sizes import STATE
 from onnxcompress.errors import ModelError
 
 Kind = Literal["classes", "binary", "values", "feature"]
@@ -22,13 +23,15 @@ class Head:
 
     `logits`: the value before Softmax, LogSoftmax, Sigmoid and ArgMax; the output itself where there is none of them.
     `kind`: what the operators behind it say it is; "feature" for a tensor within the model, whose values are learned.
-    `axis`: the classes' axis, None where nothing says.
+    `axis`: the classes' axis, None where nothing says. `is_state`: it goes back in with the next call (a cache of keys
+    and values, a recurrent state), and is learned only where it is asked for by name.
     """
 
     output: str
     logits: str
     kind: Kind = "values"
     axis: int | None = None
+    is_state: bool = False
 
 
 def heads(model: ir.Model) -> list[Head]:
@@ -58,11 +61,26 @@ def _behind(output: ir.Value, opset: int) -> Head | None:
         value = node.inputs[0]
     if kind == "values" and not (isinstance(output.type, ir.TensorType) and output.dtype in _FLOATS):
         return None  # labels, counts: nothing says what they were made from
-    return Head(output.name or "", value.name or "", kind, axis)  # type: ignore[arg-type]
+    state = kind == "values" and _goes_back(output)
+    return Head(output.name or "", value.name or "", kind, axis, state)  # type: ignore[arg-type]
+
+
+def _goes_back(output: ir.Value) -> bool:
+    """Whether an input is this output of the call before: `past...` of `present...`, or `state` of `stateN`."""
+    graph, name = output.graph, (output.name or "").lower()
+    if graph is None or output.shape is None:
+        return False
+    for value in graph.inputs:
+        before = (value.name or "").lower()
+        named = ("past" in before and "present" in name) or (STATE.search(before) and name.startswith(before))
+        if named and value.dtype == output.dtype and value.shape is not None and len(value.shape) == len(output.shape):
+            return True
+    return False
 
 
 def chosen(found: Sequence[Head], wanted: Sequence[str], model: str) -> list[Head]:
-    """The heads of the outputs that `wanted` names ("OUTPUT" or "OUTPUT=TEACHER'S"); all of them where none is named.
+    """The heads of the outputs that `wanted` names ("OUTPUT" or "OUTPUT=TEACHER'S"); where none is named, all but
+    state that goes back in (or that, where there is nothing else).
 
     Raises:
         ModelError: there is no such output, or none that can be learned.
@@ -70,7 +88,7 @@ def chosen(found: Sequence[Head], wanted: Sequence[str], model: str) -> list[Hea
     if not found:
         raise ModelError(f"{model}: has no output that can be learned (no float tensor, and no logits behind any)")
     if not wanted:
-        return list(found)
+        return [head for head in found if not head.is_state] or list(found)
     return [_named(found, text.partition("=")[0], f"{model}: --output {text}") for text in wanted]
 
 
@@ -128,8 +146,9 @@ def pairs(student: Sequence[Head], teacher: Sequence[Head], wanted: Sequence[str
             found.append((head, by_name[head.output]))
     if len(found) == len(student) or (found and not wanted):
         return found
-    if not found and len(student) == len(teacher):
-        return list(zip(student, teacher, strict=True))
+    theirs_alone = [head for head in teacher if not head.is_state] or list(teacher)
+    if not found and len(student) == len(theirs_alone):
+        return list(zip(student, theirs_alone, strict=True))
     raise ModelError(
         f"the student's outputs ({', '.join(_outputs(student))}) and the teacher's ({', '.join(_outputs(teacher))}) do "
         "not pair; name them with --output STUDENT=TEACHER"

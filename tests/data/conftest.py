@@ -27,3 +27,17 @@ def stateful() -> list[InputSpec]:
         InputSpec("state", F32, (2, None, 8)),
         InputSpec("sr", I64, ()),
     ]
+
+
+@pytest.fixture
+def decoder() -> list[InputSpec]:
+    """As decoders with a cache are exported."""
+    past = ("batch", 2, "past_sequence_length", 4)
+    return [
+        InputSpec("input_ids", I64, ("batch", "sequence_length")),
+        InputSpec("attention_mask", I64, ("batch", "total_sequence_length")),
+        InputSpec("position_ids", I64, ("batch", "sequence_length")),
+        InputSpec("past_key_values.0.key", F32, past),
+        InputSpec("past_key_values.0.value", F32, past),
+        InputSpec("use_cache_branch", np.dtype(bool), (1,)),
+    ]
