@@ -8,6 +8,7 @@ or the one in the ONNX standard (Attention, RotaryEmbedding, GroupNormalization,
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -18,7 +19,8 @@ import onnx_ir.passes.common
 import onnxcompress.autodiff.definitions as _definitions  # noqa: F401  fills the table
 from onnxcompress.autodiff.builder import Builder, graphs_of
 from onnxcompress.autodiff.definition import DEFINITIONS, Call
-from onnxcompress.autodiff.rule import RULES, ZERO
+from onnxcompress.autodiff.rule import PARTIALS, RULES, ZERO
+from onnxcompress.autodiff.tensor import broadcast, product_of
 from onnxcompress.errors import ModelError
 from onnxcompress.model.shapes import shapes
 
@@ -138,6 +140,7 @@ def expand(model: ir.Model) -> bool:
     for graph in (model.graph, *_bodies(model.graph)):
         for node in list(graph):
             key = (node.domain, node.op_type)
+            _carry(root, node)
             if key in DEFINITIONS:
                 changed |= _define(root, graph, node)
             elif key not in RULES and key not in ZERO:
@@ -146,6 +149,22 @@ def expand(model: ir.Model) -> bool:
         inline(model)
         model.opset_imports.pop(_DOMAIN, None)
     return changed
+
+
+def _carry(b: Builder, node: ir.Node) -> None:
+    """Carry shapes on from what was just defined, so that definitions further on need no other round of inference."""
+    (y, *rest), given = node.outputs, [b.wrap(x).shape for x in node.inputs if x is not None]
+    if node.domain or rest or y.shape is not None or None in given:
+        return
+    if node.op_type == "MatMul":
+        shape = product_of(*given)
+    elif (node.domain, node.op_type) in PARTIALS or node.op_type in ("Cast", "Clip"):
+        shape = functools.reduce(broadcast, given)
+    else:
+        return
+    y.shape = None if shape is None else ir.Shape(shape)
+    if y.dtype is None and node.op_type != "Cast" and node.inputs[0] is not None:
+        y.type = node.inputs[0].type
 
 
 def _define(root: Builder, graph: ir.Graph, node: ir.Node) -> bool:

@@ -102,7 +102,7 @@ class Tensor:
         return self._binary("Div", other, swap=True)
 
     def __matmul__(self, other: Tensor) -> Tensor:
-        return self.b.op("MatMul", self, other, shape=_product(self.shape, other.shape))
+        return self.b.op("MatMul", self, other, shape=product_of(self.shape, other.shape))
 
     def __neg__(self) -> Tensor:
         return self.map("Neg")
@@ -313,7 +313,7 @@ def broadcast(a: Dims | None, b: Dims | None) -> Dims | None:
     return tuple(_wider(x, y) for x, y in pairs)
 
 
-def _product(a: Dims | None, b: Dims | None) -> Dims | None:
+def product_of(a: Dims | None, b: Dims | None) -> Dims | None:
     """The shape of a product of stacks of matrices."""
     stack = None if a is None or b is None or min(len(a), len(b)) < 2 else broadcast(a[:-2], b[:-2])
     return None if a is None or b is None or stack is None else (*stack, a[-2], b[-1])

@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from onnxcompress.autodiff.builder import Builder
 from onnxcompress.autodiff.definition import Call, Definition, Outputs, define
-from onnxcompress.autodiff.tensor import Size, Tensor
+from onnxcompress.autodiff.tensor import Dims, Size, Tensor
 
 _MASK_RANKS = (2, 3)  # [batch, keys], [batch, queries, keys]
 
@@ -167,14 +167,15 @@ def _attended(b: Builder, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Te
     """softmax(q k' scale + bias) v, [B, heads, S, size]. The queries of one group stand below each other, so that
     keys and values need not be repeated."""
     heads, groups, size = _number(q, 1), _number(k, 1), _number(q, 3)
-    share = heads // groups
+    (batch, _, steps, _), share = q.shape or (None,) * 4, heads // groups
+    rows = steps * share if isinstance(steps, int) else None if steps is None else f"{share} x {steps}"
     scale = scores.scale or 1 / math.sqrt(size)
-    stacked = _reshaped(q, [0, groups, -1, size]) if share > 1 else q
+    stacked = _reshaped(q, [0, groups, -1, size], (batch, groups, rows, size)) if share > 1 else q
     s = (stacked * math.sqrt(scale)) @ (k.swap() * math.sqrt(scale))
     if scores.softcap:
         s = (s / scores.softcap).map("Tanh") * scores.softcap
     if scores.causal:
-        s = s + _repeated(b, _causal(b, q, k, scores.window), share)
+        s = s + _repeated(b, _causal(b, q, k, scores.window), share, rows)
     if scores.bias is not None:
         s = s + (_grouped(b, scores.bias, heads, groups) if share > 1 else scores.bias)
     if scores.sinks is not None or scores.smooth:
@@ -183,7 +184,8 @@ def _attended(b: Builder, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Te
     if scores.sinks is not None or scores.smooth:
         p = p.slice([3], [0], [-1])
     y = p @ v
-    return _reshaped(y, [0, heads, -1, _number(v, 3)]) if share > 1 else y
+    wide = _number(v, 3)
+    return _reshaped(y, [0, heads, -1, wide], (batch, heads, steps, wide)) if share > 1 else y
 
 
 def _causal(b: Builder, q: Tensor, k: Tensor, window: int) -> Tensor:
@@ -195,16 +197,15 @@ def _causal(b: Builder, q: Tensor, k: Tensor, window: int) -> Tensor:
     if window > 0:
         allowed = allowed & (there > here - window)
     least = float(np.finfo(np.float32 if q.dtype != ir.DataType.FLOAT16 else np.float16).min)
-    return b.where(allowed, b.constant(0.0, q.dtype), least)
+    found = b.where(allowed, b.constant(0.0, q.dtype), least)
+    return found.shaped(*((t.shape or (None,) * 4)[2] for t in (q, k)))
 
 
-def _repeated(b: Builder, mask: Tensor, share: int) -> Tensor:
-    """[S, T] for each of the `share` queries of a group: [share S, T]."""
+def _repeated(b: Builder, mask: Tensor, share: int, rows: int | str | None) -> Tensor:
+    """[S, T] for each of the `share` queries of a group: [share S, T], `rows` of them."""
     if share == 1:
         return mask
-    queries, keys = mask.shape or (None, None)
-    rows = queries * share if isinstance(queries, int) else None
-    return b.op("Tile", mask, b.ints([share, 1]), shape=(rows, keys))
+    return b.op("Tile", mask, b.ints([share, 1]), shape=(rows, (mask.shape or (None, None))[1]))
 
 
 def _grouped(b: Builder, bias: Tensor, heads: int, groups: int) -> Tensor:
@@ -294,16 +295,21 @@ def _merged(x: Tensor) -> Tensor:
 
 def _joined(past: Tensor, t: Tensor) -> Tensor:
     """The past's positions before the new ones."""
-    shape = None if t.shape is None else (t.shape[0], t.shape[1], None, t.shape[3])
+    shape, before = t.shape, (past.shape or (None,) * 4)[2]
+    if shape is not None:
+        steps = shape[2]
+        both = None if None in (before, steps) else f"{before} + {steps}"
+        shape = (*shape[:2], before + steps if isinstance(before, int) and isinstance(steps, int) else both, shape[3])
     return t.b.op("Concat", past, t, axis=2, dtype=t.dtype, shape=shape)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool) -> Tensor:
     """x [B, heads, S, size]: each pair (a, b) of its first features becomes (a cos - b sin, a sin + b cos)."""
     size, half = _number(x, 3), _number(cos, 1)
-    turned = x.slice([3], [0], [2 * half]) if 2 * half < size else x
-    c, s = (table.take(positions).unsqueeze(1) for table in (cos, sin))
+    turned = _cut(x, 0, 2 * half) if 2 * half < size else x
     batch, heads, steps, _ = x.shape or (None,) * 4
+    several = (positions.shape or (None,))[0]
+    c, s = (table.take(positions).shaped(several, steps, half).unsqueeze(1) for table in (cos, sin))
     if interleaved:
         pairs = x.b.op("Reshape", turned, x.b.ints([0, 0, 0, half, 2]), shape=(batch, heads, steps, half, 2))
         first, second = pairs.at(4, 0), pairs.at(4, 1)
@@ -311,13 +317,20 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved
         both = x.b.op("Concat", *parts, axis=4, shape=(batch, heads, steps, half, 2))
         found = x.b.op("Reshape", both, x.b.ints([0, 0, 0, 2 * half]), shape=(batch, heads, steps, 2 * half))
     else:
-        first, second = (turned.slice([3], [at], [at + half]) for at in (0, half))
+        first, second = (_cut(turned, at, at + half) for at in (0, half))
         found = x.b.op(
             "Concat", first * c - second * s, first * s + second * c, axis=3, shape=(batch, heads, steps, 2 * half)
         )
     if 2 * half == size:
         return found
-    return x.b.op("Concat", found, x.slice([3], [2 * half], [size]), axis=3, shape=x.shape)
+    return x.b.op("Concat", found, _cut(x, 2 * half, size), axis=3, shape=x.shape)
+
+
+def _cut(x: Tensor, start: int, end: int) -> Tensor:
+    """Some of the features of x [B, heads, S, size]."""
+    found = x.slice([3], [start], [end])
+    found.value.shape = None if x.shape is None else ir.Shape([*x.shape[:3], end - start])
+    return found
 
 
 # Sizes ---------------------------------------------------------------------------------------------------------------
@@ -352,11 +365,9 @@ def _number(x: Tensor, axis: int) -> int:
     return size
 
 
-def _reshaped(x: Tensor, sizes: list[int]) -> Tensor:
-    """Reshape; 0 keeps a size."""
-    shape = x.shape or (None,) * len(sizes)
-    known = tuple(shape[i] if size == 0 else None if size < 0 else size for i, size in enumerate(sizes))
-    return x.b.op("Reshape", x, x.b.ints(sizes), shape=known)
+def _reshaped(x: Tensor, sizes: list[int], shape: Dims) -> Tensor:
+    """Reshape to `sizes`, 0 for one that stays, -1 for what is left; known as `shape`."""
+    return x.b.op("Reshape", x, x.b.ints(sizes), shape=shape)
 
 
 class _Unknown(Exception):
