@@ -178,21 +178,27 @@ class Loop:
             self._keep()  # else the update before this step overflowed, and what was kept earlier stays
         kept = "" if self._checkpoints.path is None else f"; the last good state is kept in {self._checkpoints.path}"
         wrong = next(filter(None, map(self._feeds.not_finite, chosen)), "")
-        first = f", first in {found}" if (found := self._culprit(feeds)) else ""
+        culprit = self._culprit(feeds)
         mend = "a lower --lr may help"
         if wrong:
             mend = f"the data holds values that are not finite: {wrong}"
-        raise PassError(f"step {self._at.step + 1} (epoch {epoch + 1}): {what}{first}{kept}; {mend}")
+        raise PassError(f"step {self._at.step + 1} (epoch {epoch + 1}): {what}, {culprit}{kept}; {mend}")
 
     def _culprit(self, feeds: Sequence[Mapping[str, np.ndarray]]) -> str:
-        """The first tensor of the step's forward pass that is not finite, else the first weight's gradient."""
+        """The first tensor of the step's forward pass that is not finite, else of the gradients, in words.
+
+        Where all of these are finite, and the sum of their squares is not, the largest.
+        """
         for call in self._runner.inputs(feeds):
             with contextlib.suppress(OnnxCompressError):  # what it says of the loss must not hinge on this
                 if found := first_not_finite(self._graph, call):
-                    return found
-        gradients = self._runner.gradients()
-        bad = (leaf.key for leaf in self._graph.leaves if not np.isfinite(gradients[leaf.name]).all())
-        return next((f"the gradient of {key!r}" for key in bad), "")
+                    return f"first in {found}"
+        gradients, leaves = self._runner.gradients(), self._graph.leaves
+        for leaf in leaves:
+            if not np.isfinite(gradients[leaf.name]).all():
+                return f"first in the gradient of {leaf.key!r}"
+        largest = max(leaves, key=lambda leaf: float(np.abs(gradients[leaf.name]).max(initial=0)))
+        return f"most of it in the gradient of {largest.key!r}"
 
     def _keep(self) -> None:
         self._at.state = self._with_others(self._runner.read())

@@ -251,6 +251,13 @@ def test_a_weight_whose_gradient_is_no_number_is_named() -> None:
     )
 
 
+def test_the_weight_whose_gradient_is_too_large_is_named() -> None:
+    told = stopped(load(mlp()), {"x": np.full((64, 6), 1e30, np.float32), "y": np.arange(64) % 4})
+    assert told == (
+        "step 1 (epoch 1): the gradient's norm is inf, most of it in the gradient of 'w2'; a lower --lr may help"
+    )
+
+
 def test_a_teacher_that_gives_no_number_is_named(tmp_path: pathlib.Path) -> None:
     x = np.abs(floats(64, 6))
     x[50] = 1000
