@@ -176,7 +176,8 @@ class Loop:
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
         if all(np.isfinite(array).all() for array in self._runner.read().values()):
             self._keep()  # else the update before this step overflowed, and what was kept earlier stays
-        kept = "" if self._checkpoints.path is None else f"; the last good state is kept in {self._checkpoints.path}"
+        path = self._checkpoints.path
+        kept = f"; the last good state is kept in {path}" if path is not None and path.exists() else ""
         wrong = next(filter(None, map(self._feeds.not_finite, chosen)), "")
         culprit = self._culprit(feeds)
         mend = "a lower --lr may help"

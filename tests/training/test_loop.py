@@ -288,6 +288,21 @@ def test_an_earlier_checkpoint_outlives_weights_that_are_not_finite(tmp_path: pa
         assert all(np.isfinite(kept[name]).all() for name in kept.files if name.startswith("state:"))
 
 
+def test_no_state_is_said_to_be_kept_where_none_was_good(tmp_path: pathlib.Path, monkeypatch: Any) -> None:
+    update = loop.Loop._update
+
+    def spoiled(self: loop.Loop, epoch: int, chosen: Any) -> None:
+        leaf = self._graph.leaves[0]
+        self._runner.write({leaf.name: np.full_like(leaf.initial, np.inf)})
+        update(self, epoch, chosen)
+
+    monkeypatch.setattr(loop.Loop, "_update", spoiled)
+    words = r"^step 1 \(epoch 1\): the loss is nan, first in the weight 'w1'; a lower --lr may help$"
+    with pytest.raises(PassError, match=words):
+        trained(conditions=Conditions(work=tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
 # The file ---------------------------------------------------------------------------------------------------------
 
 
