@@ -1,6 +1,6 @@
 """The README's table: what each pass does to each bundled model.
 
-    python benchmarks/bundled.py
+    python benchmarks/bundled.py [MODEL ...]
 
 Prints one row a model and pass: file size, accuracy before and after on the model's eval.npz, latency ratio (one
 thread, interleaved, median; above 1 is faster than the original), and the class of this CPU. Needs
@@ -52,13 +52,16 @@ def row(folder: pathlib.Path, name: str, passes: list[object], out: pathlib.Path
 
 def main() -> None:
     """Print the table."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = sorted(path.parent.name for path in MODELS.glob("*/model.onnx"))
+    parser.add_argument("models", nargs="*", metavar="MODEL", default=names, help=f"of {', '.join(names)}")
+    chosen = parser.parse_args().models
     print(f"CPU class: {cpu_class()}\n")
     print("| model | pass | kB (ratio) | accuracy | latency ratio |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
-        for model in sorted(path.parent for path in MODELS.glob("*/model.onnx")):
+        for model in chosen:
             for name, passes in JOBS:
-                print(row(model, name, passes, pathlib.Path(folder) / "out.onnx"), flush=True)
+                print(row(MODELS / model, name, passes, pathlib.Path(folder) / "out.onnx"), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
-"""What the three training scripts share: the digits split, training, torch's exporter, and a clean ONNX file.
+"""What the three training scripts share: writing a graph down, the digits split, training, and a clean ONNX file.
 
-Run the scripts from the repository root (`python -m models.digits_gru.make`). The project itself never imports torch:
-where a script does, models/README.md says what for.
+Run the scripts from the repository root (`python -m models.digits_gru.make`).
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
+from onnx import helper, numpy_helper
 
 from onnxcompress import healing
 from onnxcompress.training.settings import Settings
@@ -21,7 +21,68 @@ from onnxcompress.training.targets import Objective
 if TYPE_CHECKING:
     import torch
 
-OPSET = 18
+OPSET, IR_VERSION = 18, 10
+Arrays = dict[str, np.ndarray]
+Dim = int | str
+Port = tuple[str, int, list[Dim]]
+"""An input: its name, element type and shape."""
+
+
+def node(kind: str, inputs: list[str], output: str, **attributes: object) -> onnx.NodeProto:
+    """A node named as its output."""
+    return helper.make_node(kind, inputs, [output], name=output, **attributes)
+
+
+def model(
+    name: str, nodes: list[onnx.NodeProto], inputs: list[Port], output: list[Dim], held: Arrays
+) -> onnx.ModelProto:
+    """`nodes` as a model with one output `logits` of the shape `output`; `held`: weights and constants by name."""
+    graph = helper.make_graph(
+        nodes,
+        name,
+        [helper.make_tensor_value_info(*port) for port in inputs],
+        [helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, output)],
+        [numpy_helper.from_array(array, name) for name, array in held.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+
+
+def undrawn(shapes: dict[str, tuple[int, ...]]) -> Arrays:
+    """Weights of these shapes, to be drawn at random by `train`."""
+    return {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+
+
+class Network:
+    """Nodes in their order, with the shapes of their weights and with their constants; written by a subclass.
+
+    `add`, `weight` and `constant` return the name of what they added, to be the input of the next.
+    """
+
+    def __init__(self, name: str, inputs: list[Port], classes: int) -> None:
+        self.name, self.inputs, self.classes = name, inputs, classes
+        self.nodes: list[onnx.NodeProto] = []
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.constants: Arrays = {}
+
+    def to_onnx(self, weights: Arrays | None = None) -> onnx.ModelProto:
+        """The network with these weights, or with such as are yet to be drawn."""
+        found = undrawn(self.shapes) if weights is None else {name: weights[name] for name in self.shapes}
+        return model(self.name, self.nodes, self.inputs, ["batch", self.classes], found | self.constants)
+
+    def add(self, kind: str, inputs: list[str], output: str, **attributes: object) -> str:
+        """A node, named as its output."""
+        self.nodes.append(node(kind, inputs, output, **attributes))
+        return output
+
+    def weight(self, name: str, *shape: int) -> str:
+        """A weight in float32."""
+        self.shapes[name] = shape
+        return name
+
+    def constant(self, name: str, value: np.ndarray) -> str:
+        """A constant."""
+        self.constants[name] = value
+        return name
 
 
 def seed(value: int) -> None:
@@ -33,7 +94,7 @@ def seed(value: int) -> None:
     torch.use_deterministic_algorithms(True)
 
 
-def digits(folder: pathlib.Path, name: str, shape: tuple[int, ...]) -> dict[str, dict[str, np.ndarray]]:
+def digits(folder: pathlib.Path, name: str, shape: tuple[int, ...]) -> dict[str, Arrays]:
     """The parts as they lie in `folder`, made first where one is missing; images of `shape` under `name`."""
     parts = ("train", "calib", "eval")
     if not all((folder / f"{part}.npz").exists() for part in parts):
@@ -49,17 +110,28 @@ def shifted(images: np.ndarray) -> np.ndarray:
     return np.concatenate([framed[..., y : y + height, x : x + width] for y in range(3) for x in range(3)])
 
 
-def train(model: onnx.ModelProto, data: dict[str, np.ndarray], settings: Settings, smoothing: float) -> onnx.ModelProto:
-    """`model` trained from random weights by this project's own loop; `data`: named as the inputs, labels `y`."""
+def train(start: onnx.ModelProto, data: Arrays, settings: Settings, smoothing: float) -> Arrays:
+    """The weights of `start` after training from random ones; `data`: named as the inputs, labels `y`.
+
+    What `onnxcompress train --init random` does, here in Python.
+    """
     with tempfile.TemporaryDirectory() as name:
-        start, samples, done = (pathlib.Path(name) / file for file in ("start.onnx", "train.npz", "done.onnx"))
-        onnx.save(model, start)
+        student, samples, done = (pathlib.Path(name) / file for file in ("start.onnx", "train.npz", "done.onnx"))
+        onnx.save(start, student)
         np.savez(samples, allow_pickle=False, **data)
         objective = Objective(smoothing=smoothing)
         healing.train(
-            None, start, done, data=samples, settings=settings, objective=objective, init="random", threads=1, say=print
+            None,
+            student,
+            done,
+            data=samples,
+            settings=settings,
+            objective=objective,
+            init="random",
+            threads=1,
+            say=print,
         )
-        return onnx.load(done)
+        return {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(done).graph.initializer}
 
 
 def digits_split() -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -133,7 +205,7 @@ def subgraphs(graph: onnx.GraphProto) -> list[onnx.GraphProto]:
     return inner + [deeper for g in inner for deeper in subgraphs(g)]
 
 
-def score(path: pathlib.Path, data: dict[str, np.ndarray]) -> float:
+def score(path: pathlib.Path, data: Arrays) -> float:
     """Accuracy of the file at `path` in onnxruntime; `data`: arrays named as the inputs, labels `y`."""
     import onnxruntime
 
@@ -143,7 +215,7 @@ def score(path: pathlib.Path, data: dict[str, np.ndarray]) -> float:
     return float((session.run(None, feeds)[0].argmax(1) == data["y"]).mean())
 
 
-def card(folder: pathlib.Path, evaluation: dict[str, np.ndarray], licence: str, **more: object) -> None:
+def card(folder: pathlib.Path, evaluation: Arrays, licence: str, **more: object) -> None:
     """Score the file and write model.json. `parameters`: elements of all float weights, running statistics included."""
     path = folder / "model.onnx"
     model = onnx.load(path)

@@ -17,6 +17,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from models import common
+from models.common import Arrays, node
 from onnxcompress.training.settings import Settings
 
 HERE = pathlib.Path(__file__).parent
@@ -38,12 +39,6 @@ HEAD_SHAPES = {
     "2.weight": (CLASSES, HIDDEN),
     "2.bias": (CLASSES,),
 }
-Arrays = dict[str, np.ndarray]
-
-
-def node(kind: str, inputs: list[str], output: str, **attributes: object) -> onnx.NodeProto:
-    """A node named as its output."""
-    return helper.make_node(kind, inputs, [output], name=output, **attributes)
 
 
 def reader(rows: str, end: str = "") -> list[onnx.NodeProto]:
@@ -89,8 +84,7 @@ def for_training() -> onnx.ModelProto:
         ]
         found.append(f"logits{end}")
     nodes.append(node("Concat", found, "logits", axis=1))
-    shapes = SHAPES | shapes_of("whole") | shapes_of("part")
-    weights = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}  # drawn before they are trained
+    weights = common.undrawn(SHAPES | shapes_of("whole") | shapes_of("part"))
     constants = {"start": [0], "middle": [1], **{f"steps.{steps}": [steps] for steps in (WHOLE, *PARTS)}}
     return model(nodes, weights, constants, [1 + len(PARTS), CLASSES])
 
@@ -119,22 +113,18 @@ def model(
 ) -> onnx.ModelProto:
     """`nodes` behind the scaling of `rows`; the output `logits` is [batch, *output]."""
     constants = {"time": [0], "direction": [1], "joined": [0, 0, 2 * HIDDEN], **constants}
-    held = [numpy_helper.from_array(array, name) for name, array in weights.items()]
-    held += [numpy_helper.from_array(np.array(value, np.int64), name) for name, value in constants.items()]
-    held.append(numpy_helper.from_array(np.array(16, np.float32), "white"))
+    held = weights | {name: np.array(value, np.int64) for name, value in constants.items()}
+    held["white"] = np.array(16, np.float32)
     first = [node("Div", ["rows", "white"], "scaled"), node("Transpose", ["scaled"], "time_first", perm=[1, 0, 2])]
-    rows = helper.make_tensor_value_info("rows", onnx.TensorProto.FLOAT, ["batch", "steps", 8])
-    logits = helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, ["batch", *output])
-    graph = helper.make_graph([*first, *nodes], "digits_gru", [rows], [logits], held)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", common.OPSET)], ir_version=10)
+    rows = ("rows", onnx.TensorProto.FLOAT, ["batch", "steps", 8])
+    return common.model("digits_gru", [*first, *nodes], [rows], ["batch", *output], held)
 
 
 def main() -> None:
     data = common.digits(HERE, "rows", (8, 8))
     rows, labels = common.shifted(data["train"]["rows"]), np.tile(data["train"]["y"], 9)
     every = np.repeat(labels[:, None], 1 + len(PARTS), axis=1)
-    trained = common.train(for_training(), {"rows": rows, "y": every}, SETTINGS, SMOOTHING)
-    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in trained.graph.initializer}
+    arrays = common.train(for_training(), {"rows": rows, "y": every}, SETTINGS, SMOOTHING)
     common.save(to_onnx(arrays), HERE / "model.onnx")
     parts = {"rows": data["eval"]["rows"][:, :5], "y": data["eval"]["y"]}
     common.card(

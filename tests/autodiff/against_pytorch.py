@@ -4,7 +4,8 @@
 
 Prints, for the gradients of all weights together, |found - truth| / |truth| of both, and the same for the weight where
 it is worst. PyTorch runs the same graph, operator by operator (`pytorch.py`), so both round the same network. With
---write, networks.npz keeps projections of the float64 gradients, which tests compare with where there is no PyTorch.
+--write, networks.npz keeps projections of the float64 gradients, which tests compare with where there is no PyTorch;
+those of networks that were not named stay in it.
 """
 
 from __future__ import annotations
@@ -94,7 +95,8 @@ def main() -> None:
     parser.add_argument("--write", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    index, arrays = {}, {}
+    arrays = dict(np.load(networks.FILE, allow_pickle=False)) if arguments.names else {}
+    index = json.loads(arrays.pop("index").tobytes()) if arrays else {}
     print("relative error of ONNX Runtime float32 / of PyTorch float32, against PyTorch float64")
     for name, files in networks.networks().items():
         if arguments.names and name not in arguments.names:

@@ -14,7 +14,7 @@ from onnxcompress.encodings import Affine
 from onnxcompress.errors import DataError, ModelError
 from tests.house import BUNDLED_QUICK, bundled, split
 
-KEY = "residual2.body.0.0.weight"
+KEY = "residual2.first.weight"
 
 
 @pytest.mark.parametrize("name", BUNDLED_QUICK)

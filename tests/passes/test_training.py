@@ -161,7 +161,7 @@ def test_what_counts_of_a_file_is_what_it_holds(folder: pathlib.Path) -> None:
 def test_prune_distill_share_distill(folder: pathlib.Path) -> None:
     data, out = split("digits_cnn", "train"), folder / "o.onnx"
     judged: dict[str, Any] = {"evaluate": split("digits_cnn", "eval"), "metric": "accuracy"}
-    steps = ["simplify", {"magnitude-pruning": {"sparsity": 0.7}}, {"distill": {"epochs": 1}}, "weight-sharing"]
+    steps = ["simplify", {"magnitude-pruning": {"sparsity": 0.8}}, {"distill": {"epochs": 1}}, "weight-sharing"]
     done = oc.compress(bundled("digits_cnn"), [*steps, {"distill": {"epochs": 1}}], calibration=data, out=out, **judged)
     scores = [step.score for step in done.steps]
     assert all(score is not None for score in scores)
@@ -172,7 +172,7 @@ def test_prune_distill_share_distill(folder: pathlib.Path) -> None:
     kinds = {w.key: w for w in weights(load(out)) if w.encoding.kind == "codebook"}
     assert len(kinds) == 13
     zeros = sum(int((w.array() == 0).sum()) for w in kinds.values())
-    assert zeros >= 0.69 * sum(w.size for w in kinds.values())
+    assert zeros >= 0.79 * sum(w.size for w in kinds.values())
 
 
 def test_every_weight_is_touched_or_left_with_its_reason() -> None:
@@ -184,7 +184,7 @@ def test_every_weight_is_touched_or_left_with_its_reason() -> None:
     for key, weight in held.items():
         if not given.select.allows(weight):
             assert reasons[key] == (Reason.EXCLUDED, "not selected")
-        elif key.endswith(("running_mean", "running_var")):
+        elif key.endswith((".norm.mean", ".norm.variance")):
             assert reasons[key] == (Reason.ROLE, "running statistics, measured and not learned")
         else:
             assert key not in reasons

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import pathlib
 
 import numpy as np
@@ -14,6 +15,7 @@ from onnxcompress.encodings import Affine, Codebook, Dense, Masked, Sparse
 from onnxcompress.model.weights import Weight
 from onnxcompress.verification import Verification, verify
 from onnxcompress.verification.judge import judge
+from onnxcompress.verification.result import WeightProof
 from tests.builders import affine, floats, graph, info, model, node, opened, tensors
 from tests.house import BUNDLED_QUICK, bundled, split
 
@@ -43,6 +45,15 @@ def held(model: ir.Model, key: str) -> Weight:
     return next(weight for weight in oc.weights(model) if weight.key == key)
 
 
+def chance(row: WeightProof) -> float:
+    """How far above its expectation an error may lie: rounding of few elements is rarely as large as their mean is.
+
+    The mean square of n rounding errors, uniform over a step, has a standard deviation of sqrt(0.8 / n) of itself; four
+    of those are allowed, and a fifth for weights of any size.
+    """
+    return max(1.2, math.sqrt(1 + 4 * math.sqrt(0.8 / math.prod(row.shape))))
+
+
 def kinds(found: Verification) -> dict[str, str]:
     """Where -> kind of each problem."""
     return {problem.where: problem.kind for problem in found.problems}
@@ -56,7 +67,7 @@ def test_what_the_passes_make_holds(name: str, form: str, tmp_path: pathlib.Path
     assert [note.partition(":")[0] for note in found.notes] == (
         ["activations were measured on a model that was compressed already"] if form == "pruned and static" else []
     )
-    assert [row for row in found.weights if row.error > 1.2 * row.expected + 1e-6] == []
+    assert [row for row in found.weights if row.error > chance(row) * row.expected + 1e-6] == []
     encoded = [row for row in found.weights if row.encoding != "dense"]
     assert encoded
     assert max(row.error for row in encoded) < (0.02 if "static" in form and "pruned" not in form else 0.6)
@@ -85,7 +96,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path]:
     }
 
 
-KEY = "residual2.body.0.0.weight"
+KEY = "residual2.first.weight"
 
 
 def broken(files: dict[str, pathlib.Path], form: str) -> tuple[ir.Model, Weight]:
