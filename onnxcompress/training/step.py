@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from onnxcompress.autodiff.builder import Builder
 from onnxcompress.autodiff.engine import gradients, named, reach
+from onnxcompress.autodiff.errors import NoGradient
 from onnxcompress.autodiff.prepare import prepare
 from onnxcompress.autodiff.tensor import Tensor
 from onnxcompress.encodings.base import Encoding
@@ -115,17 +116,45 @@ def build(
         NoGradient: an operator between weights and loss has no gradient.
     """
     running = batchnorm.track(model) if batch_statistics else Running()
-    exposed = parameters.expose(model, allows, restate, learn_scales)
-    leaves = exposed.parameters
-    if not leaves:
-        raise PassError(f"nothing in it can be trained: {_why(exposed)}")
-    model.graph.inputs.extend([*(leaf.value for leaf in leaves), *(value for value, _ in exposed.buffers)])
-    model.graph.outputs.clear()
-    known = named(model.graph)
-    kept = dict.fromkeys((*values, *running.outputs))
-    model.graph.outputs.extend(known[name] for name in kept)  # keeps them through preparation
+    exposed = _expose(model, [*values, *running.outputs], parameters.expose(model, allows, restate, learn_scales))
     prepare(model)
     batchnorm.spelled_out(model)
+    total = _write_loss(model, values, loss, l1, exposed.parameters)
+    known = named(model.graph)
+    model.graph.outputs.clear()
+    model.graph.outputs.extend([total, *(known[name] for name in running.outputs)])
+    found = _differentiate(model, exposed.parameters)
+    leaves = [leaf for leaf in exposed.parameters if leaf.name in found]
+    if not leaves:
+        raise PassError("no weight has any effect on the loss")
+    for value in [v for v in model.graph.inputs if (v.name or "").startswith("parameter/") and v.name not in found]:
+        _freeze(model, value, exposed)
+    _scale_gradients(model, leaves, found)
+    shapes = _give(model, leaves, found)
+    buffers = {value.name or "": array for value, array in exposed.buffers}
+    model.graph.name = "training step"
+    return TrainingGraph(model, leaves, shapes, buffers, exposed.left, optimizer, clip, relative, running.initial)
+
+
+def _expose(model: ir.Model, values: Sequence[str], exposed: Exposed) -> Exposed:
+    """Make inputs of what was exposed, and outputs of `values`, which keeps them through preparation.
+
+    Raises:
+        PassError: nothing was exposed.
+    """
+    if not exposed.parameters:
+        raise PassError(f"nothing in it can be trained: {_why(exposed)}")
+    model.graph.inputs.extend([leaf.value for leaf in exposed.parameters] + [value for value, _ in exposed.buffers])
+    known = named(model.graph)
+    model.graph.outputs.clear()
+    model.graph.outputs.extend(known[name] for name in dict.fromkeys(values))
+    return exposed
+
+
+def _write_loss(
+    model: ir.Model, values: Sequence[str], loss: WriteLoss, l1: float, leaves: Sequence[Parameter]
+) -> ir.Value:
+    """The loss of `values`, and `l1` times the sum of the absolute values of the weights that they depend on."""
     b = Builder(model.graph, model.opset_imports[""])
     b.scope = "loss"
     known = named(model.graph)
@@ -138,24 +167,27 @@ def build(
                 total = total + losses.l1_penalty(b.wrap(value)).cast(total.dtype) * share
     total = b.op("Identity", total, shape=())
     total.value.name = LOSS
-    model.graph.outputs.clear()
-    model.graph.outputs.extend([total.value, *(known[name] for name in running.outputs)])
+    return total.value
+
+
+def _differentiate(model: ir.Model, leaves: Sequence[Parameter]) -> dict[str, ir.Value]:
+    """Add the gradients of the loss to the graph; by the leaf's name, those that there are.
+
+    Raises:
+        NoGradient: an operator has none; the weights that it cuts off are called by their keys.
+    """
     _drop_dead(model)
     fusing.part(model)
     narrow(model)
     fusing.fuse(model)
-    found = gradients(model, {LOSS: None}, [leaf.name for leaf in leaves])
+    try:
+        found = gradients(model, {LOSS: None}, [leaf.name for leaf in leaves])
+    except NoGradient as error:
+        key_of = {leaf.name: leaf.key for leaf in leaves}
+        cut = dict.fromkeys(key_of.get(name, name) for name in error.cut_off)
+        raise NoGradient(error.node, error.op_type, error.reason, list(cut)) from None
     fusing.lower(model)
-    leaves = [leaf for leaf in leaves if leaf.name in found]
-    if not leaves:
-        raise PassError("no weight has any effect on the loss")
-    for value in [v for v in model.graph.inputs if (v.name or "").startswith("parameter/") and v.name not in found]:
-        _freeze(model, value, exposed)
-    _scale_gradients(model, leaves, found)
-    shapes = _give(model, leaves, found)
-    buffers = {value.name or "": array for value, array in exposed.buffers}
-    model.graph.name = "training step"
-    return TrainingGraph(model, leaves, shapes, buffers, exposed.left, optimizer, clip, relative, running.initial)
+    return found
 
 
 def _scale_gradients(model: ir.Model, leaves: Sequence[Parameter], found: dict[str, ir.Value]) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from onnxcompress.autodiff.errors import NoGradient
 from onnxcompress.autodiff.tensor import Tensor
 from onnxcompress.encodings import Affine, Codebook, Dense, Encoding, Masked, Sparse
 from onnxcompress.errors import PassError
@@ -191,6 +192,16 @@ def test_unselected_weights_stay_constant() -> None:
     graph = built(load(mlp()), AdamW(), allows=lambda weight: weight.key == "w2")
     assert set(graph.left) == {"w1", "b1", "b2"}
     assert [leaf.key for leaf in graph.leaves] == ["w2"]
+
+
+def test_weights_behind_an_operator_without_a_gradient_are_called_by_their_names() -> None:
+    of = load(mlp())
+    hidden = next(node for node in of.graph if node.op_type == "Relu")
+    hidden.op_type, hidden.domain = "Mystery", "some.domain"
+    of.opset_imports["some.domain"] = 1
+    with pytest.raises(NoGradient, match=r"\(Mystery\): .*; it cuts off w1, b1: leave these out") as raised:
+        built(of, AdamW())
+    assert raised.value.cut_off == ("w1", "b1")
 
 
 def test_a_schedule_warms_up_and_declines() -> None:
