@@ -299,10 +299,10 @@ def test_progress_and_steps_are_told_as_they_happen() -> None:
     told: list[Any] = []
 
     class Told:
-        def start(self, what: str, total: int) -> None:
+        def start(self, what: str, total: int, done: int = 0) -> None:
             told.append((what, total))
 
-        def step(self, count: int = 1) -> None:
+        def step(self, count: int = 1, now: str = "") -> None:
             told.append(count)
 
         def done(self) -> None:

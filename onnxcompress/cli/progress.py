@@ -23,17 +23,18 @@ class _Lines:
 
     EVERY = 10.0
 
-    def start(self, what: str, total: int) -> None:
-        self._what, self._total, self._done = what, total, 0
+    def start(self, what: str, total: int, done: int = 0) -> None:
+        self._what, self._total, self._done, self._before = what, total, done, done
         self._began = self._said = time.monotonic()
 
-    def step(self, count: int = 1) -> None:
+    def step(self, count: int = 1, now: str = "") -> None:
         self._done += count
-        now = time.monotonic()
-        if now - self._said >= self.EVERY and self._total:
-            self._said = now
-            left = (now - self._began) / max(1, self._done) * (self._total - self._done)
-            click.echo(f"{self._what}: {self._done} of {self._total}, about {left:.0f} s left", err=True)
+        at = time.monotonic()
+        if at - self._said >= self.EVERY and self._total:
+            self._said = at
+            left = (at - self._began) / max(1, self._done - self._before) * (self._total - self._done)
+            figures = f"{now}, " if now else ""
+            click.echo(f"{self._what}: {self._done} of {self._total}, {figures}about {left:.0f} s left", err=True)
 
     def done(self) -> None: ...
 
@@ -43,7 +44,7 @@ class _Bar:
 
     _bar: Any = None
 
-    def start(self, what: str, total: int) -> None:
+    def start(self, what: str, total: int, done: int = 0) -> None:
         import rich.console
         import rich.progress
 
@@ -52,14 +53,15 @@ class _Bar:
             rich.progress.BarColumn(),
             rich.progress.MofNCompleteColumn(),
             rich.progress.TimeRemainingColumn(),
+            rich.progress.TextColumn("{task.fields[now]}"),
         )
         self.done()
         self._bar = rich.progress.Progress(*columns, console=rich.console.Console(stderr=True), transient=True)
-        self._task = self._bar.add_task(what, total=total)
+        self._task = self._bar.add_task(what, total=total, completed=done, now="")
         self._bar.start()
 
-    def step(self, count: int = 1) -> None:
-        self._bar.advance(self._task, count)
+    def step(self, count: int = 1, now: str = "") -> None:
+        self._bar.update(self._task, advance=count, now=now)
 
     def done(self) -> None:
         if self._bar is not None:

@@ -96,8 +96,7 @@ class Loop:
             found.state = {}
             for epoch in found.history:
                 self._tell(epoch)
-        self._progress.start("training", self._order.updates(self._plan.epochs))
-        self._progress.step(self._at.step)
+        self._progress.start("training", self._order.updates(self._plan.epochs), done=self._at.step)
         while len(self._at.history) < self._plan.epochs and not self._is_enough():
             self._epoch(len(self._at.history))
         self._progress.done()
@@ -168,7 +167,14 @@ class Loop:
         self._at.step = step + 1
         total, count, _ = self._at.sums
         self._at.sums = (total + loss, count + 1, time.monotonic() - self._began)
-        self._progress.step()
+        self._progress.step(now=self._figures())
+
+    def _figures(self) -> str:
+        """How it stands: the epoch, its mean loss so far, the last score."""
+        loss, count, _ = self._at.sums
+        last = self._at.history[-1].score if self._at.history else None
+        score = "" if last is None else f", score {last:.4f}"
+        return f"epoch {len(self._at.history) + 1} of {self._plan.epochs}, loss {loss / max(1, count):.4f}{score}"
 
     def _stop(
         self, epoch: int, loss: float, norm: float, chosen: Sequence[np.ndarray], feeds: Sequence[Mapping[str, Any]]

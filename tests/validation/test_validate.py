@@ -256,7 +256,7 @@ def test_interrupt_leaves_a_marked_result(task: dict[str, Any]) -> None:
     class Impatient(Silent):
         seen = 0
 
-        def step(self, count: int = 1) -> None:
+        def step(self, count: int = 1, now: str = "") -> None:
             self.seen += count
             if self.seen >= 320:
                 raise KeyboardInterrupt
