@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 
 from onnxcompress.data import sequences
+from onnxcompress.data.axes import as_wanted, batch_axes
 from onnxcompress.data.batch import Batch
 from onnxcompress.data.batching import Batcher, Piece
 from onnxcompress.data.cast import safe_cast
@@ -74,12 +75,13 @@ class Plan:
         self.start = Start(specs)
         self.groups = sequences.groups(specs)
         self.paddable = sequences.paddable(self.groups)
-        firsts = {spec.name: spec.shape[0] for spec in specs if spec.shape and spec.name not in self.start.flags}
-        sizes = {name: dim for name, dim in firsts.items() if isinstance(dim, int)}
-        # Inputs with different fixed first axes have no common batch: then one sample is one call.
+        self.axes = batch_axes(specs)
+        held = {spec.name: spec.shape for spec in specs if spec.shape and spec.name in self.axes}
+        sizes = {name: dim for name, dims in held.items() if isinstance(dim := dims[self.axes[name]], int)}
+        # Inputs with batch axes of different fixed sizes have no common batch: then one sample is one call.
         several = len(set(sizes.values())) > 1
         self.multiplicity: dict[str, int] = sizes if several else {}
-        self.first: dict[str, int] = sizes
+        self.first = {name: dims[0] for name, dims in held.items() if isinstance(dims[0], int)}
         self.fixed: int | None = 1 if several else next(iter(sizes.values()), None)
         if self.fixed == 0 or 0 in self.multiplicity.values():
             raise DataError("an input has a fixed first axis of size 0")
@@ -143,7 +145,7 @@ class Plan:
             feeds, valid = sequences.fit(feeds, self.groups, self.options.pad_to, self.options.trim and not piece.whole)
         except DataError as error:
             raise DataError(f"{where}: {error}") from None
-        feeds = self.start.completed(feeds)
+        feeds = self.start.completed(feeds if piece.whole else as_wanted(feeds, self.axes))
         for spec in self.specs:
             self.check(spec.name, feeds[spec.name].shape, feeds[spec.name].dtype, where)
         if piece.labels is not None and len(piece.labels) != piece.units:
@@ -151,7 +153,7 @@ class Plan:
         return Batch(feeds, piece.labels, valid, piece.units, piece.start)
 
     def check(self, name: str, shape: tuple[int, ...], dtype: np.dtype, where: str, *, rows: bool = False) -> None:
-        """Compare the shape of one call (`rows`: of many samples, first axis not compared) with what the input wants.
+        """Compare the shape of one call (`rows`: of many samples along the first axis) with what the input wants.
 
         Raises:
             DataError: naming input, wanted and got.
@@ -159,9 +161,12 @@ class Plan:
         spec = self.spec(name)
         if spec.shape is None:
             return
-        first = 1 if rows else 0
-        if len(shape) == len(spec.shape) and all(
-            size == dim for size, dim in zip(shape[first:], spec.shape[first:], strict=True) if isinstance(dim, int)
+        dims = list(spec.shape)
+        if rows and dims:
+            dims.pop(self.axes.get(name, 0))
+            dims.insert(0, None)
+        if len(shape) == len(dims) and all(
+            size == dim for size, dim in zip(shape, dims, strict=True) if isinstance(dim, int)
         ):
             return
         raise DataError(

@@ -95,9 +95,9 @@ class RecordData(Data):
             labels = None if labels is None else labels[None]
         values = {name: self._value(name, array) for name, array in scalars.items()}
         counts = {len(array) / self._plan.multiplicity.get(name, 1) for name, array in arrays.items() if array.ndim}
-        whole = (
-            len(counts) != 1 or not next(iter(counts)).is_integer()
-        )  # rows disagree: a call with state, passed as it is
+        # Rows disagree, or lie along other axes: a call with state, passed as it is.
+        elsewhere = more == 0 and any(self._plan.axes.get(name) for name in arrays)
+        whole = elsewhere or len(counts) != 1 or not next(iter(counts)).is_integer()
         units = 1 if whole else int(next(iter(counts)))
         if labels is not None and not labels.ndim:
             labels = labels[None]

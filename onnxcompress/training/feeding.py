@@ -22,7 +22,8 @@ class Feeder:
         self, chosen: Sequence[Target], teacher_of: Mapping[str, str], guide: Teacher, all_samples: Samples
     ) -> None:
         self._targets, self._teacher_of, self._guide, self._samples = chosen, teacher_of, guide, all_samples
-        self._lengths = {n: a.shape[1] for n, a in all_samples.feeds.items() if a.ndim >= 2}
+        first = {n: a for n, a in all_samples.feeds.items() if a.ndim >= 2 and not all_samples.axes.get(n)}
+        self._lengths = {name: array.shape[1] for name, array in first.items()}
 
     def __call__(self, indices: np.ndarray) -> Mapping[str, np.ndarray]:
         feeds, valid = self._samples.call(indices)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
+from onnxcompress.data.axes import batch_axes
 from onnxcompress.data.batch import Data
 from onnxcompress.data.specs import input_specs
 from onnxcompress.errors import DataError, ModelError
@@ -34,22 +36,27 @@ def matched(
     """What each output is trained on, from what the teacher gives for a few samples."""
     count = size or PROBED
     looks = [np.arange(at, at + count) % all_samples.count for at in range(0, PROBED, count)]
-    calls = [
-        {name: np.asarray(a[look]) for name, a in all_samples.feeds.items()} | all_samples.constants for look in looks
-    ]
+    calls = [all_samples.rows(look) for look in looks]
     seen = [guide.logits(feeds) for feeds in calls]
     found = {s.output: np.concatenate([each[t.output] for each in seen]) for s, t in pairs}
     shapes = {name: array.shape for name, array in found.items()}
-    _check_shapes(pairs, shapes, student)
+    along = {s.output: guide.along(t.output) for s, t in pairs}
+    _check_shapes(pairs, shapes, student, along)
     tokens = None
     if all_samples.labels is None and objective.loss in ("auto", "classes"):
         outputs = {s.output: t.output for s, t in pairs if s.kind != "feature"}
         shapes = {name: shapes[name] for name in outputs}
         tokens = causal.next_tokens(guide.logits, calls[0], all_samples, shapes, outputs)
-    return choose(pairs, found, all_samples, objective, soft=soft, next_tokens=tokens)
+    chosen = choose(pairs, found, all_samples, objective, soft=soft, next_tokens=tokens)
+    return [dataclasses.replace(target, along=along[target.head.output]) for target in chosen]
 
 
-def _check_shapes(pairs: Sequence[tuple[Head, Head]], shapes: Mapping[str, tuple[int, ...]], student: ir.Model) -> None:
+def _check_shapes(
+    pairs: Sequence[tuple[Head, Head]],
+    shapes: Mapping[str, tuple[int, ...]],
+    student: ir.Model,
+    along: Mapping[str, int],
+) -> None:
     declared: dict[str, Sequence[object] | None]
     declared = {str(v.name): None if v.shape is None else list(v.shape) for v in student.graph.outputs}
     if any(head.kind == "feature" for head, _ in pairs):
@@ -60,8 +67,10 @@ def _check_shapes(pairs: Sequence[tuple[Head, Head]], shapes: Mapping[str, tuple
                 declared[head.output] = info.dims
     for head, theirs in pairs:
         mine, given = declared.get(head.output), shapes[head.output]
-        if mine is None or (head.kind not in ("values", "feature") and len(mine) != len(given)):
+        if not mine or (head.kind not in ("values", "feature") and len(mine) != len(given)):
             continue
+        at = along[head.output]
+        mine = [mine[at], *(dim for axis, dim in enumerate(mine) if axis != at)]
         fixed = [(a, b) for a, b in list(zip(mine, given, strict=False))[1:] if isinstance(a, int) and a > 0]
         if len(mine) != len(given) or any(a != b for a, b in fixed):
             what = "tensor" if head.kind == "feature" else "output"
@@ -102,20 +111,19 @@ def batch_of(student: ir.Model, teacher: ir.Model | None, count: int) -> int | N
 
 
 def fixed_batch(model: ir.Model | None) -> int | None:
-    """The fixed first axis of a model's inputs, None where it is free.
+    """The fixed size of the inputs' batch axes, None where it is free.
 
     Raises:
         DataError: inputs do not agree on it.
     """
     if model is None:
         return None
-    firsts = {spec.name: spec.shape[0] for spec in input_specs(model) if spec.shape}
+    specs = input_specs(model)
+    axes = batch_axes(specs)
+    firsts = {spec.name: spec.shape[axes[spec.name]] for spec in specs if spec.shape and spec.name in axes}
     fixed = {name: dim for name, dim in firsts.items() if isinstance(dim, int)}
     sizes = set(fixed.values())
     if len(sizes) > 1 or (len(fixed) < len(firsts) and max(sizes, default=1) > 1):
         told = ", ".join(f"{name!r} {firsts[name] if name in fixed else 'any number'}" for name in firsts)
-        raise DataError(
-            f"the inputs' first axes are not all those of samples ({told}): such a model, as one with a state, cannot "
-            "be trained in batches"
-        )
+        raise DataError(f"the inputs' axes of samples do not agree ({told}): such a model cannot be trained in batches")
     return next(iter(sizes), None)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import tempfile
+from collections.abc import Mapping
 
 import numpy as np
 
 from onnxcompress.data import sequences
+from onnxcompress.data.axes import as_wanted, batch_axes, batch_first
 from onnxcompress.data.batch import Data
 from onnxcompress.errors import DataError
 from onnxcompress.training.targets import IGNORED
@@ -21,7 +23,7 @@ class Samples:
     """All samples of a data source, the first axis theirs.
 
     `feeds`: input -> array; those in `constants` go with every call as they are. `labels`: None where there are none.
-    `count`: how many samples.
+    `count`: how many samples. `axes`: input -> the axis along which the model wants its samples; 0 for others.
     """
 
     feeds: dict[str, np.ndarray]
@@ -29,19 +31,24 @@ class Samples:
     labels: np.ndarray | None
     count: int
     groups: tuple[sequences.Group, ...] = ()
+    axes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    def rows(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """The feeds of the samples `indices`, whole."""
+        feeds = {name: np.asarray(array[indices]) for name, array in self.feeds.items()}
+        return {**as_wanted(feeds, self.axes), **self.constants}
 
     def call(self, indices: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
         """The feeds of the samples `indices`, positions that are padding in all of them left out, and which are real.
 
         Returns: feeds; booleans (samples, positions), None where nothing is padded.
         """
-        feeds = {name: np.asarray(array[indices]) for name, array in self.feeds.items()} | self.constants
-        fitted, valid = sequences.fit(feeds, self.groups, None, True)
+        fitted, valid = sequences.fit(self.rows(indices), self.groups, None, True)
         return fitted, None if valid is None else next(iter(valid.values()))
 
 
 def collect(data: Data, work: pathlib.Path | None = None) -> Samples:
-    """Read `data` once. Arrays of more than 1 GiB go to files in `work`.
+    """Read `data` once; whole calls are taken apart into their samples. Arrays above 1 GiB go to files in `work`.
 
     Raises:
         DataError: batches do not fit together, or the model wants whole calls that cannot be shuffled into batches.
@@ -50,27 +57,46 @@ def collect(data: Data, work: pathlib.Path | None = None) -> Samples:
     constants: dict[str, np.ndarray] = {}
     labels: list[np.ndarray] = []
     count = 0
-    ranks = {spec.name: spec.rank for spec in data.specs}
+    axes = batch_axes(data.specs)
+    fixed = any(s.shape and s.name in axes and isinstance(s.shape[axes[s.name]], int) for s in data.specs)
     for batch in data:
+        rows = {name: a for name, a in batch_first(batch.feeds, axes).items() if name in axes and a.ndim}
         for name, array in batch.feeds.items():
-            if ranks[name] == 0 or array.ndim == 0:
+            if name not in rows:
                 constants.setdefault(name, array)
                 if not np.array_equal(constants[name], array):
                     raise DataError(f"input {name!r} has one value a call: such data cannot be shuffled into batches")
-            elif len(array) % batch.count and len(array) < batch.count:
-                raise DataError(f"input {name!r}: {len(array)} rows for {batch.count} samples")
-            else:
-                stores.setdefault(name, _Store(name, work)).add(array[: batch.count])
+        held = _held(rows, batch.count, fixed)
+        for name, array in rows.items():
+            stores.setdefault(name, _Store(name, work)).add(array[:held])
         if batch.labels is not None:
-            labels.append(np.asarray(batch.labels))
-        count += batch.count
+            given = np.asarray(batch.labels)
+            labels.append(given[0] if held > batch.count and given.shape[:2] == (1, held) else given)
+        count += held
     if not count:
         raise DataError("data: holds no samples")
     feeds = {name: store.array() for name, store in stores.items()}
     for name, array in feeds.items():
         if len(array) != count:
             raise DataError(f"input {name!r}: {len(array)} rows for {count} samples")
-    return Samples(feeds, constants, _joined(labels, count), count, tuple(sequences.groups(data.specs)))
+    return Samples(feeds, constants, _joined(labels, count), count, tuple(sequences.groups(data.specs)), axes)
+
+
+def _held(rows: Mapping[str, np.ndarray], count: int, fixed: bool) -> int:
+    """How many samples the rows of one call hold: a whole call more than `count`, which says one. Repetitions of the
+    last, with which a `fixed` batch is filled up, are none.
+
+    Raises:
+        DataError: the inputs hold different numbers.
+    """
+    sizes = {name: len(array) for name, array in rows.items()}
+    most = max(sizes.values(), default=count)
+    if min(sizes.values(), default=count) != most or most < count:
+        told = ", ".join(f"{name!r} {size}" for name, size in sizes.items())
+        raise DataError(f"the inputs of one call hold different numbers of samples ({told}), and should {count}")
+    while fixed and most > count and all(np.array_equal(array[most - 1], array[most - 2]) for array in rows.values()):
+        most -= 1
+    return most
 
 
 def _joined(labels: list[np.ndarray], count: int) -> np.ndarray | None:

@@ -66,7 +66,8 @@ class Target:
     `kind`: the loss. `axis`: of the classes or features. `shape`: of the logits. `labels`: one row a sample, shaped
     like the logits without `axis` (int64) or, for "binary", "values" and distributions, like the logits; None: the
     teacher alone.
-    `teacher`: logits of every sample, None: computed call by call, or no teacher (`soft` False).
+    `teacher`: logits of every sample, None: computed call by call, or no teacher (`soft` False). `along`: the axis of
+    the model's own output along which samples lie; here, everywhere else, it is the first.
     """
 
     index: int
@@ -78,9 +79,12 @@ class Target:
     soft: bool
     temperature: float
     teacher: np.ndarray | None = None
+    along: int = 0
 
     def write(self, inputs: Inputs, z: Tensor, objective: Objective) -> Tensor:
         """The loss, from the student's logits `z`."""
+        if self.along:
+            z = z.transpose([self.along, *(axis for axis in range(len(self.shape)) if axis != self.along)])
         dims: list[int | str | None] = ["train/batch", *self.shape[1:]]
         if self._ragged(z):
             dims[1] = "train/positions"

@@ -13,6 +13,8 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcompress.contract import Progress
+from onnxcompress.data.axes import batch_axes
+from onnxcompress.data.specs import input_specs
 from onnxcompress.errors import ModelError
 from onnxcompress.model.taps import tap
 from onnxcompress.runtime.session import open_session
@@ -47,18 +49,29 @@ class Teacher:
         self.threads = threads
         self._wants = {port.name: port.dtype for port in self._session.inputs}
         self._probabilities: dict[str, bool] = {}
+        self._samples_at = batch_axes(input_specs(model))
+        self._along: dict[str, int] = {}
 
     def logits(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Output name -> logits; log p where the model hands out probabilities and nothing is known behind them.
+        """Output name -> logits, samples along the first axis; log p where the model hands out probabilities and
+        nothing is known behind them.
 
         softmax(log(p) / T) is the renormalized p^(1/T), so the soft targets are the same.
         """
         given = {name: _as(self._wants[name], array) for name, array in feeds.items() if name in self._wants}
         found = self._session.run(given, list(self._at.values()))
-        return {output: self._as_logits(output, np.asarray(found[name])) for output, name in self._at.items()}
+        count = next((given[name].shape[axis] for name, axis in self._samples_at.items() if name in given), 1)
+        return {output: self._as_logits(output, np.asarray(found[name]), count) for output, name in self._at.items()}
 
-    def _as_logits(self, output: str, array: np.ndarray) -> np.ndarray:
+    def along(self, output: str) -> int:
+        """The axis of the model's own output along which samples lie; known after the first call, and then fixed."""
+        return self._along.get(output, 0)
+
+    def _as_logits(self, output: str, array: np.ndarray, count: int) -> np.ndarray:
         array = array.astype(np.float32, copy=False)
+        if output not in self._along:
+            self._along[output] = _axis_of(array.shape, count)
+        array = np.moveaxis(array, self._along[output], 0) if self._along[output] else array
         if output not in self._probabilities:
             plain = self._heads[output].kind == "values" and array.ndim >= 2 and array.shape[-1] > 1
             self._probabilities[output] = plain and bool(is_distribution(array))
@@ -77,6 +90,11 @@ class Teacher:
         self.close()
 
 
+def _axis_of(shape: tuple[int, ...], count: int) -> int:
+    """The axis of `count` samples: the first where it may be."""
+    return 0 if not shape or shape[0] == count or count not in shape else shape.index(count)
+
+
 def _as(wanted: np.dtype[Any] | None, array: np.ndarray) -> np.ndarray:
     """A feed in the teacher's own floats, which a student in half precision does not share."""
     floats = wanted is not None and wanted.kind == "f" and array.dtype.kind == "f"
@@ -90,7 +108,7 @@ def cache(
 
     `size`: samples a call. They belong to untrimmed feeds: positions lie where the samples have them.
     """
-    first = teacher.logits(_untrimmed(samples, np.arange(min(size, samples.count))))
+    first = teacher.logits(samples.rows(np.arange(min(size, samples.count))))
     total = sum(array.nbytes // len(array) * samples.count for array in first.values())
     if total > CACHED or (work is None and total > IN_MEMORY):
         return None
@@ -100,7 +118,7 @@ def cache(
 
     def keep(at: int) -> int:
         chosen = np.arange(at, min(at + size, samples.count))
-        _keep(stored, chosen, teacher.logits(_untrimmed(samples, chosen)))
+        _keep(stored, chosen, teacher.logits(samples.rows(chosen)))
         return len(chosen)
 
     with concurrent.futures.ThreadPoolExecutor(teacher.threads) as pool:
@@ -109,7 +127,7 @@ def cache(
     rest = samples.count % size
     if rest and samples.count > size:  # a fixed batch wants whole calls: the last one overlaps
         chosen = np.arange(samples.count - size, samples.count)
-        _keep(stored, chosen, teacher.logits(_untrimmed(samples, chosen)))
+        _keep(stored, chosen, teacher.logits(samples.rows(chosen)))
         progress.step(rest)
     progress.done()
     return stored
@@ -120,10 +138,6 @@ def _keep(stored: Mapping[str, np.ndarray], chosen: np.ndarray, found: Mapping[s
         if array.shape[1:] != stored[name].shape[1:] or len(array) != len(chosen):
             raise ModelError(f"the teacher's output {name!r} is {list(array.shape)} for {len(chosen)} samples")
         stored[name][chosen] = array
-
-
-def _untrimmed(samples: Samples, chosen: np.ndarray) -> dict[str, np.ndarray]:
-    return {name: np.asarray(array[chosen]) for name, array in samples.feeds.items()} | samples.constants
 
 
 def _empty(shape: tuple[int, ...], total: int, work: pathlib.Path | None) -> np.ndarray:
