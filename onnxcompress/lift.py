@@ -12,7 +12,7 @@ import onnx_ir as ir
 from onnxcompress.calibration.feeding import outputs
 from onnxcompress.encodings import functions
 from onnxcompress.errors import DataError, OnnxCompressError
-from onnxcompress.model import bridge
+from onnxcompress.model import bridge, valid
 from onnxcompress.model.sizes import weightless
 
 SAME = 1e-5  # relative to the largest magnitude of an output
@@ -56,7 +56,10 @@ def _converted(model: ir.Model, opset: int) -> ir.Model:
         if slot.initializer and tensor.dtype != ir.DataType.STRING and tensor.nbytes >= KEEP_BYTES:
             large[slot.name] = tensor
             slot.put(weightless(tensor))
-    proto = onnx.version_converter.convert_version(bridge.to_proto(copy, keep_external=True), opset)
+    proto = bridge.to_proto(copy, keep_external=True)
+    valid.set_apart(proto)
+    proto = onnx.version_converter.convert_version(proto, opset)
+    valid.put_back(proto)
     lifted = bridge.from_proto(proto, model.graph.name or "the model")
     for slot in list(bridge.slots(lifted)):
         if slot.name in large:

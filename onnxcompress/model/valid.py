@@ -1,4 +1,4 @@
-"""The checker of onnx, for models that ONNX Runtime reads: it knows operators that the standard does not."""
+"""onnx's checker for what ONNX Runtime reads: that has operators in the standard's domain which onnx has not."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RUNTIME_OWN = frozenset(
 )
 """Operators that ONNX Runtime 1.32 has in the standard's own domain, beyond those of onnx 1.23."""
 
-_OWN_DOMAIN = "onnxruntime"  # one that the checker knows nothing of, so it believes what is in it
+OWN_DOMAIN = "onnxruntime"  # one that onnx knows nothing of, so it believes what is in it
 
 
 def check(model: onnx.ModelProto) -> None:
@@ -30,7 +30,7 @@ def check(model: onnx.ModelProto) -> None:
     Raises:
         onnx.checker.ValidationError: it is not valid.
     """
-    _set_apart(model)
+    set_apart(model)
     onnx.checker.check_model(model, full_check=False)
 
 
@@ -46,7 +46,7 @@ def check_file(path: pathlib.Path, data: bytes) -> None:
         if "No Op registered for" not in str(error):
             raise
         model = onnx.load_model_from_string(data)
-        if not _set_apart(model):
+        if not set_apart(model):
             raise
         changed = model.SerializeToString()
         with durable.temporary(path) as beside:  # external data is looked for beside it
@@ -62,15 +62,26 @@ def as_utf8(path: pathlib.Path) -> str | None:
         return None
 
 
-def _set_apart(model: onnx.ModelProto) -> bool:
-    """Whether there were any such operators."""
+def set_apart(model: onnx.ModelProto) -> bool:
+    """Give operators of `RUNTIME_OWN` the domain `OWN_DOMAIN`, in place; whether there were any."""
     found = [node for node in _nodes(model) if not node.domain and node.op_type in RUNTIME_OWN]
     for node in found:
-        node.domain = _OWN_DOMAIN
+        node.domain = OWN_DOMAIN
     if found:
         for owner in (model, *model.functions):
-            owner.opset_import.add(domain=_OWN_DOMAIN, version=1)
+            owner.opset_import.add(domain=OWN_DOMAIN, version=1)
     return bool(found)
+
+
+def put_back(model: onnx.ModelProto) -> None:
+    """Undo `set_apart`, in place."""
+    for node in _nodes(model):
+        if node.domain == OWN_DOMAIN:
+            node.domain = ""
+    for owner in (model, *model.functions):
+        kept = [entry for entry in owner.opset_import if entry.domain != OWN_DOMAIN]
+        del owner.opset_import[:]
+        owner.opset_import.extend(kept)
 
 
 def _nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:

@@ -9,7 +9,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxcompress.model import valid
+from onnxcompress.lift import lift
+from onnxcompress.model import bridge, valid
 from onnxcompress.model.load import load
 from onnxcompress.model.save import save
 
@@ -40,6 +41,14 @@ def test_an_operator_of_the_runtime_is_believed(body: bool) -> None:
 def test_what_is_wrong_beside_it_is_found() -> None:
     with pytest.raises(onnx.checker.ValidationError, match="nowhere"):
         valid.check(_model(fault=True))
+
+
+def test_it_is_lifted_to_a_newer_opset() -> None:
+    model = bridge.from_proto(_model(), "test")
+    feeds = {"x": np.arange(8, dtype=np.float32).reshape(2, 4)}
+    assert lift(model, 21, [feeds]) == ""
+    assert model.opset_imports == {"": 21}
+    assert [(node.domain, node.op_type) for node in model.graph] == [("", "SimplifiedLayerNormalization")]
 
 
 def test_saved_with_external_data(tmp_path: pathlib.Path) -> None:

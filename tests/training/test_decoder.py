@@ -8,6 +8,8 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from onnx import numpy_helper
+from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
 import onnxcompress as oc
 from onnxcompress import healing
@@ -16,7 +18,7 @@ from onnxcompress.data.specs import input_specs
 from onnxcompress.model.load import load
 from onnxcompress.trainable import trainable
 from onnxcompress.training import heads
-from onnxcompress.training.distill import Settings, distill, write
+from onnxcompress.training.distill import Settings, distill
 from tests.decoder import GROUPS, PRESENT, SIZE, WORDS, decoder, texts
 
 STILL = Settings(epochs=1, batch=64, lr=1e-20)
@@ -67,26 +69,58 @@ def test_what_is_trained_is_every_layer_and_no_table_of_angles() -> None:
     assert not found.blocked
 
 
-def test_it_learns_is_cut_and_healed(tmp_path: pathlib.Path) -> None:
-    paths = {name: tmp_path / f"{name}.onnx" for name in ("start", "whole", "cut", "healed")}
-    onnx.save(decoder(), paths["start"])
-    given = texts(256)
-    np.savez(tmp_path / "texts.npz", **given)  # type: ignore[arg-type]
-    student = load(paths["start"])
-    data = open_data(given, input_specs(student), batch=32, trim=False)
-    write(student, distill(None, student, data, settings=Settings(epochs=40, lr=5e-3)).parameters)
-    oc.save(student, paths["whole"])
-    oc.compress(paths["whole"], [{"magnitude-pruning": {"sparsity": 0.6}}], out=paths["cut"])
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A folder with a model that has learned `texts(256)`, and these."""
+    folder = tmp_path_factory.mktemp("decoder")
+    onnx.save(decoder(), folder / "start.onnx")
+    np.savez(folder / "texts.npz", **texts(256))  # type: ignore[arg-type]
     healing.train(
-        paths["whole"], paths["cut"], paths["healed"], data=tmp_path / "texts.npz", settings=Settings(epochs=10)
+        None,
+        folder / "start.onnx",
+        folder / "whole.onnx",
+        data=folder / "texts.npz",
+        settings=Settings(epochs=40, lr=5e-3),
     )
-    whole, cut, healed = (_next_token_loss(onnx.load(paths[name]), given) for name in ("whole", "cut", "healed"))
-    assert _next_token_loss(decoder(), given) > np.log(WORDS) > 2 * whole
-    assert healed < whole + 0.25 * (cut - whole)
-    for name in ("q_proj", "down_proj"):
-        before, after = (
-            next(t for t in onnx.load(paths[p]).graph.initializer if name in t.name) for p in ("cut", "healed")
-        )
-        zeros = onnx.numpy_helper.to_array(before) == 0
+    return folder
+
+
+def _healed(learned: pathlib.Path, cut: pathlib.Path) -> tuple[onnx.ModelProto, onnx.ModelProto]:
+    """The model at `cut` before and after it learned from the whole one; it must be most of the way back."""
+    out = cut.with_name("healed.onnx")
+    healing.train(learned / "whole.onnx", cut, out, data=learned / "texts.npz", settings=Settings(epochs=10), threads=1)
+    before, after = onnx.load(cut), onnx.load(out)
+    lost = [_next_token_loss(model, texts(256)) for model in (onnx.load(learned / "whole.onnx"), before, after)]
+    assert _next_token_loss(decoder(), texts(256)) > np.log(WORDS) > 2 * lost[0]
+    assert lost[1] > lost[0]
+    assert lost[2] < lost[0] + 0.25 * (lost[1] - lost[0])
+    return before, after
+
+
+def _arrays(model: onnx.ModelProto) -> dict[str, np.ndarray]:
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+
+
+def test_it_is_cut_and_healed(learned: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    oc.compress(learned / "whole.onnx", [{"magnitude-pruning": {"sparsity": 0.6}}], out=tmp_path / "cut.onnx")
+    before, after = map(_arrays, _healed(learned, tmp_path / "cut.onnx"))
+    for name in ("layers.0.q_proj.weight", "layers.1.down_proj.weight"):
+        zeros = before[name] == 0
         assert zeros.mean() > 0.3
-        assert not onnx.numpy_helper.to_array(after)[zeros].any()
+        assert not after[name][zeros].any()
+        assert not np.array_equal(before[name], after[name])
+
+
+def test_in_blocks_of_4_bits_it_is_healed_in_them(learned: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    quantizer = MatMulNBitsQuantizer(onnx.load(learned / "whole.onnx"), bits=4, block_size=32, is_symmetric=True)
+    quantizer.process()
+    onnx.save(quantizer.model.model, tmp_path / "blocks.onnx")
+    before, after = _healed(learned, tmp_path / "blocks.onnx")
+    assert [(node.domain, node.op_type) for node in before.graph.node] == [
+        (node.domain, node.op_type) for node in after.graph.node
+    ]
+    arrays = [_arrays(model) for model in (before, after)]
+    assert {name: array.dtype for name, array in arrays[0].items()} == {n: a.dtype for n, a in arrays[1].items()}
+    packed = [name for name, array in arrays[0].items() if array.dtype == np.uint8]
+    assert len(packed) == 15
+    assert any(not np.array_equal(arrays[0][name], arrays[1][name]) for name in packed)
