@@ -14,6 +14,7 @@ from onnxcompress.errors import PassError
 from onnxcompress.model.weights import Weight, weights
 from onnxcompress.training import integers, scales
 from onnxcompress.training.learned import Learned
+from onnxcompress.training.levels import step_factor
 
 REFERENCE_RMS, LEAST_STEP, LARGEST_STEP = 0.05, 0.01, 4.0
 _HALF = {"float16", "bfloat16"}
@@ -25,7 +26,8 @@ class Parameter:
     """One trainable array: part `part` of the encoding of the weight `key`.
 
     `decay`: whether weight decay is for it. `layer`: whether it is a layer's weight, not a bias, norm or scale.
-    `gradient`: what its gradient is multiplied by (`scales.gradient_scale`).
+    `gradient`: what its gradient is multiplied by (`scales.gradient_scale`). `levels`: how much smaller its steps are
+    because it moves between levels (`levels.step_factor`).
     """
 
     key: str
@@ -35,6 +37,7 @@ class Parameter:
     decay: bool
     layer: bool
     gradient: float = 1.0
+    levels: float = 1.0
 
     @property
     def name(self) -> str:
@@ -69,7 +72,7 @@ class Parameter:
         rms = float(np.sqrt(np.mean(kept * kept))) if kept.size else 0.0
         if self.part == "scale":
             return rms
-        return min(max(rms / REFERENCE_RMS, LEAST_STEP), LARGEST_STEP)
+        return self.levels * min(max(rms / REFERENCE_RMS, LEAST_STEP), LARGEST_STEP)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -107,7 +110,8 @@ class _InTraining(Encoding):
                 self.exposed.buffers.append((parameters[part], array))
                 continue
             decay, layer = self.layer and part in _VALUES, self.layer and part != "scale"
-            parameter = Parameter(self.key, part, parameters[part], array, decay, layer, factor or 1.0)
+            between = step_factor(self.inner) if layer else 1.0
+            parameter = Parameter(self.key, part, parameters[part], array, decay, layer, factor or 1.0, between)
             self.exposed.parameters.append(parameter)
             if part == "scale":
                 parameters[part] = tape.op("Abs", [parameters[part]], f"{name}.scale.positive")
