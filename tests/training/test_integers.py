@@ -351,6 +351,19 @@ def test_a_bias_that_is_not_trained_keeps_its_value_at_a_learned_scale(tmp_path:
     assert np.abs(after["b1_quantized"]).max() > 100
 
 
+def test_a_scale_that_others_take_keeps_its_value(tmp_path: pathlib.Path) -> None:
+    student = load(static(saved(products(), tmp_path), "x", (8, 6)))
+    one, two = (student.graph.initializers[f"{name}_scale"] for name in ("w1", "w2"))
+    two.replace_all_uses_with(one)
+    before = constants(student)
+    found = integers.places(student)
+    write(student, {key: {"w": found[key].encoding.decode(), "scale": np.float32(9)} for key in ("w1", "w2")})
+    after = constants(student)
+    assert found["w1"].scale == found["w2"].scale == "w1_scale"
+    for name in ("w1_scale", "w1_quantized", "w2_quantized"):
+        np.testing.assert_array_equal(after[name], before[name])
+
+
 def refused(nodes: list[onnx.NodeProto], out: onnx.ValueInfoProto, **given: np.ndarray) -> dict[str, str]:
     quantized = node("DynamicQuantizeLinear", ["x"], ["a", "a_scale", "a_zero"], name="measure")
     w2 = {"w2": floats(6, 4, seed=3)}

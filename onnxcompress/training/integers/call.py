@@ -212,7 +212,7 @@ class Call:
                 for other in product.inputs if product.op_type == "Mul" else ():
                     for factor in _factors(other):
                         tensor = recognize.constant(factor)
-                        if tensor is not None and tensor.dtype == FLOAT:
+                        if tensor is not None and tensor.dtype == FLOAT and len(factor.uses()) == 1:
                             return factor
         raise Refused("and the file does not say its scale")
 

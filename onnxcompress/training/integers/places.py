@@ -56,12 +56,15 @@ class Places(Mapping[str, Place]):
         A bias is counted in steps of its weight's scale, so it is rounded anew where that was learned.
         """
         errors: dict[str, float] = {}
-        scales = {p.q: trained[p.key]["scale"] for p in self._found.values() if "scale" in trained.get(p.key, {})}
+        learned = [p for p in self._found.values() if "scale" in trained.get(p.key, {}) and self._owns_scale(p)]
+        scales = {place.q: trained[place.key]["scale"] for place in learned}
         for place in self._found.values():
             parts, encoding = dict(trained.get(place.key, {})), place.encoding
             if place.factor is not None and place.factor[0] in scales:
                 scale = scales[place.factor[0]] * np.float32(place.factor[1])
                 parts = {"w": encoding.decode(), **parts, "scale": scale.reshape(encoding.scale.shape)}
+            elif place.q not in scales:
+                parts.pop("scale", None)
             if not parts:
                 continue
             new = encoding.updated(parts)
@@ -70,6 +73,14 @@ class Places(Mapping[str, Place]):
                 self._put(place.scale, new.scale)
             errors[place.key] = relative_rms(encoding.decode(), new.decode())
         return errors
+
+    def _owns_scale(self, place: Place) -> bool:
+        """False where others take the constant that holds its scale: it keeps its value, whatever was learned."""
+        if any(other.scale == place.scale for other in self._found.values() if other is not place):
+            return False
+        held = named(self._model.graph)
+        takers, scaled = ({id(node) for node, _ in held[name].uses()} for name in (place.q, place.scale))
+        return not takers & scaled or scaled <= takers
 
     def _put(self, name: str, array: np.ndarray) -> None:
         """Store `array` in the constant `name`, in its shape and type."""
