@@ -70,10 +70,10 @@ def backward(
         if not any(y in needed for y in node.outputs):
             continue
         b.scope = f"{node.name or node.outputs[0].name}/grad"
-        gs = [b.sum(parts[y]) if y in parts else None for y in node.outputs]
-        parts.update({y: [g] for y, g in zip(node.outputs, gs, strict=True) if g is not None})
+        incoming = [b.sum(parts[y]) if y in parts else None for y in node.outputs]
+        parts.update({y: [g] for y, g in zip(node.outputs, incoming, strict=True) if g is not None})
         try:
-            found = _apply(b, node, inputs, gs, needed, wrt)
+            found = _apply(b, node, inputs, incoming, needed, wrt)
         except NoGradient as error:
             if refused is None:
                 raise
@@ -92,7 +92,7 @@ def _apply(
     b: Builder,
     node: ir.Node,
     inputs: Sequence[ir.Value | None],
-    gs: list[Tensor | None],
+    grads: list[Tensor | None],
     needed: set[ir.Value],
     wrt: Sequence[ir.Value],
 ) -> Sequence[Tensor | None]:
@@ -101,7 +101,7 @@ def _apply(
         rule = RULES.get((node.domain, node.op_type))
         x = [b.wrap(value) if value is not None else None for value in inputs]
         y = [b.wrap(value) for value in node.outputs]
-        c = Context(b, node, x, y, gs, [value in needed for value in inputs], backward)  # type: ignore[arg-type]
+        c = Context(b, node, x, y, grads, [value in needed for value in inputs], backward)  # type: ignore[arg-type]
         if rule is None:
             raise c.refuse("has no gradient rule")
         return rule(c)

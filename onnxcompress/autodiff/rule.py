@@ -6,10 +6,13 @@ node that served nothing else. To add an operator:
 
     @rule("Sin")
     def sin(c: Context) -> Grads:
+        "dx = g cos x"
         return [c.g * c.x[0].map("Cos")]
 
 in the file of its family under `rules/`; for elementwise operators a line in the table there is enough, broadcasting is
-undone for it. A rule that cannot treat some form of its operator says so with `raise c.refuse("why")`.
+undone for it. The first line of the docstring is what the documentation says of it. A rule that cannot treat some form
+of its operator says so with `raise c.refuse("why")`, and lists such forms for the documentation: `rule(...,
+refuses="what")`.
 """
 
 from __future__ import annotations
@@ -34,24 +37,25 @@ class Context:
     """All a rule may use.
 
     `x`: the inputs as tensors, None where an optional one is left out, followed by what the node's bodies capture from
-    outside. `y`: the outputs. `gs`: the gradients of the outputs, None where nothing depends on one. `needs`: for each
-    of `x`, whether its gradient is wanted; only rules that save real work ask. `sweep`: the engine itself, for bodies.
+    outside. `y`: the outputs. `grads`: the gradients of the outputs, None where nothing depends on one. `needs`: for
+    each of `x`, whether its gradient is wanted; only rules that save real work ask. `sweep`: the engine itself, for
+    bodies.
     """
 
     b: Builder
     node: ir.Node
     x: list[Tensor]
     y: list[Tensor]
-    gs: list[Tensor | None]
+    grads: list[Tensor | None]
     needs: list[bool]
     sweep: Callable[..., dict[ir.Value, Tensor]]
 
     @property
     def g(self) -> Tensor:
         """The gradient of the first output."""
-        if self.gs[0] is None:
+        if self.grads[0] is None:
             raise self.refuse("only a secondary output is used, which has no rule")
-        return self.gs[0]
+        return self.grads[0]
 
     def has(self, index: int) -> bool:
         """True when the optional input `index` is given."""
@@ -59,7 +63,7 @@ class Context:
 
     def only(self, outputs: int = 1) -> None:
         """Refuse gradients of any output after the first `outputs`."""
-        if any(g is not None for g in self.gs[outputs:]):
+        if any(g is not None for g in self.grads[outputs:]):
             raise self.refuse(f"the gradient of output {outputs} and later ones has no rule")
 
     def refuse(self, reason: str) -> NoGradient:
@@ -113,27 +117,29 @@ class Context:
 
 RULES: dict[tuple[str, str], Rule] = {}
 FAMILIES: dict[tuple[str, str], str] = {}
+REFUSALS: dict[tuple[str, str], str] = {}
 PARTIALS: dict[tuple[str, str], Sequence[Callable[..., Tensor] | None]] = {}  # of elementwise operators
 ZERO: set[tuple[str, str]] = set()
 STRAIGHT_THROUGH: set[tuple[str, str]] = set()
 
 
-def rule(*op_types: str, domain: str = "") -> Callable[[Rule], Rule]:
-    """Register a rule for operators of `domain`."""
+def rule(*op_types: str, domain: str = "", refuses: str = "") -> Callable[[Rule], Rule]:
+    """Register a rule for operators of `domain`. `refuses`: the forms of them it refuses, in words."""
 
     def register(function: Rule) -> Rule:
         for op_type in op_types:
             RULES[domain, op_type] = function
             FAMILIES[domain, op_type] = function.__module__.rsplit(".", 1)[-1]
+            REFUSALS[domain, op_type] = refuses
         return function
 
     return register
 
 
-def elementwise(op_type: str, *partials: Callable[..., Tensor] | None, domain: str = "") -> None:
+def elementwise(op_type: str, formula: str, *partials: Callable[..., Tensor] | None, domain: str = "") -> None:
     """Register an operator whose inputs broadcast: for each input, its gradient from (g, *inputs, output).
 
-    Broadcasting is undone afterwards. None: this input has no gradient.
+    Broadcasting is undone afterwards. None: this input has no gradient. `formula`: the same for the documentation.
     """
 
     def apply(c: Context) -> Grads:
@@ -142,7 +148,7 @@ def elementwise(op_type: str, *partials: Callable[..., Tensor] | None, domain: s
             found.append(partial(c.g, *c.x, c.y[0]).unbroadcast(x) if partial and needed else None)
         return found
 
-    apply.__module__, apply.__doc__ = "elementwise", None
+    apply.__module__, apply.__doc__ = "elementwise", formula
     PARTIALS[domain, op_type] = partials
     rule(op_type, domain=domain)(apply)
 

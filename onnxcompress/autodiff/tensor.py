@@ -169,7 +169,7 @@ class Tensor:
     def reshape(self, sizes: Sequence[Size]) -> Tensor:
         """Another shape; -1 once for what is left. One size known only at run time needs no computing."""
         dynamic = [i for i, size in enumerate(sizes) if isinstance(size, Tensor)]
-        known: Dims = tuple(size if isinstance(size, int) and size >= 0 else None for size in sizes)
+        known: Dims = tuple(size if isinstance(size, int) and size > 0 else None for size in sizes)
         if len(dynamic) == 1 and not any(isinstance(size, int) and size <= 0 for size in sizes):
             sizes = [-1 if isinstance(size, Tensor) else size for size in sizes]
         return self.b.op("Reshape", self, self.b.ints(sizes), shape=known)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.parser
 from onnx import helper
 
 from tests.autodiff.checking import Errors, check, model_of
@@ -29,6 +30,7 @@ def ints(*values: int) -> np.ndarray:
 class Case:
     """One node. `feeds`: inputs that get gradients where they are floats. `constants`: initializers, after the feeds.
 
+    `nodes`: several in its place, as onnx.parser reads them, which make y of the feeds; `op` then names the case.
     `inputs`: names in the node's order where that differs; "" leaves one out. `wrt`, `missing`, `defined`: see `check`.
     """
 
@@ -38,6 +40,7 @@ class Case:
     constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     inputs: Sequence[str] | None = None
     outputs: Sequence[str] = ("y",)
+    nodes: Sequence[str] = ()
     opset: int = 18
     domain: str = ""
     wrt: Sequence[str] | None = None
@@ -56,11 +59,13 @@ class Case:
     def model(self, dynamic: bool = False) -> onnx.ModelProto:
         """The node as a model."""
         names = self.inputs if self.inputs is not None else [*self.feeds, *self.constants]
-        node = helper.make_node(self.op, names, list(self.outputs), domain=self.domain, **self.attributes)
+        nodes = [onnx.parser.parse_node(text) for text in self.nodes]
+        if not nodes:
+            nodes = [helper.make_node(self.op, names, list(self.outputs), domain=self.domain, **self.attributes)]
         constants = {name: np.asarray(array) for name, array in self.constants.items()}
         given = [name for name in self.outputs if name]
         return model_of(
-            [node], self.feeds, given, self.opset, constants, dynamic, {self.domain: 1} if self.domain else {}
+            nodes, self.feeds, given, self.opset, constants, dynamic, {self.domain: 1} if self.domain else {}
         )
 
     def check(self, dynamic: bool = False) -> Errors:

@@ -108,7 +108,7 @@ UNARY: dict[str, Callable[[T], T]] = {
     "Not": torch.logical_not,
     "Size": lambda x: torch.tensor(x.numel()),
     "GlobalAveragePool": lambda x: x.mean(tuple(range(2, x.ndim)), keepdim=True),
-    "GlobalMaxPool": lambda x: x.amax(tuple(range(2, x.ndim)), keepdim=True),
+    "GlobalMaxPool": lambda x: getattr(F, f"adaptive_max_pool{x.ndim - 2}d")(x, 1),
 }
 BINARY: dict[str, Callable[[T, T], T]] = {
     "Add": torch.add,
@@ -122,7 +122,7 @@ BINARY: dict[str, Callable[[T, T], T]] = {
     "And": torch.logical_and,
     "MatMul": torch.matmul,
     "Div": lambda a, b: torch.div(a, b) if a.is_floating_point() else torch.div(a, b, rounding_mode="trunc"),
-    "PRelu": lambda x, s: torch.where(x < 0, x * s, x),
+    "PRelu": lambda x, s: torch.where(x > 0, x, x * s),
 }
 OPS.update({("", name): lambda n, f=f: f(n[0]) for name, f in UNARY.items()})  # type: ignore[misc]
 OPS.update({("", name): lambda n, f=f: f(n[0], n[1]) for name, f in BINARY.items()})  # type: ignore[misc]
@@ -222,6 +222,16 @@ def cumsum(n: Node) -> T:
     axis = int(n[1])
     x = n[0].flip(axis) if n.attr("reverse", 0) else n[0]
     y = x.cumsum(axis) - (x if n.attr("exclusive", 0) else 0)
+    return y.flip(axis) if n.attr("reverse", 0) else y
+
+
+@op("CumProd")
+def cumprod(n: Node) -> T:
+    axis = int(n[1])
+    x = n[0].flip(axis) if n.attr("reverse", 0) else n[0]
+    if n.attr("exclusive", 0):
+        x = torch.cat([torch.ones_like(x.narrow(axis, 0, 1)), x.narrow(axis, 0, x.shape[axis] - 1)], axis)
+    y = x.cumprod(axis)
     return y.flip(axis) if n.attr("reverse", 0) else y
 
 
@@ -411,9 +421,35 @@ def scatter_nd(n: Node) -> T:
     return n[0].index_put(tuple(n[1].movedim(-1, 0)), n[2], accumulate=add)
 
 
+@op("TensorScatter")
+def tensor_scatter(n: Node) -> T:
+    axis, (past, update) = n.attr("axis", -2) % n[0].ndim, n.x[:2]
+    found = past.clone()
+    for row, start in enumerate(n.ints(2) or [0] * len(past)):
+        for step in range(update.shape[axis]):
+            at = (start + step) % past.shape[axis]
+            found[row].select(axis - 1, at).copy_(update[row].select(axis - 1, step))
+    return found
+
+
 # Layers --------------------------------------------------------------------------------------------------------------
 
 OPS.update({("", name): layer for name, layer in layers.LAYERS.items()})
+
+
+@op("Col2Im")
+def col2im(n: Node) -> T:
+    """PyTorch pads both sides alike."""
+    pads = n.attr("pads", [0] * 4)
+    assert pads[:2] == pads[2:]
+    strides, dilations = n.attr("strides", [1, 1]), n.attr("dilations", [1, 1])
+    return F.fold(n[0], n.ints(1), n.ints(2), dilations, pads[:2], strides)
+
+
+@op("GridSample")
+def grid_sample(n: Node) -> T:
+    mode = {"linear": "bilinear", "cubic": "bicubic"}.get(n.attr("mode", "linear"), n.attr("mode"))
+    return F.grid_sample(n[0], n[1], mode, n.attr("padding_mode", "zeros"), bool(n.attr("align_corners", 0)))
 
 
 @op("If")

@@ -106,7 +106,8 @@ LAYERS["AveragePool"] = lambda n: _average(n, n[0], n.attr("kernel_shape"))
 @layer("LpPool")
 def lp_pool(n: Node) -> T:
     p, kernel = n.attr("p", 2), n.attr("kernel_shape")
-    return (_average(n, n[0].abs() ** p, kernel) * math.prod(kernel)) ** (1 / p)
+    mean = _average(n, n[0].abs() ** p, kernel)
+    return (torch.sign(mean) * F.relu(mean.abs()) * math.prod(kernel)) ** (1 / p)  # as F.lp_pool2d
 
 
 @layer("GlobalLpPool")

@@ -6,6 +6,8 @@ import numpy as np
 import onnx
 import pytest
 
+from onnxcompress.autodiff import NoGradient, gradients
+from onnxcompress.model import bridge
 from tests.autodiff.cases import floats
 from tests.autodiff.checking import check, prepared, session
 
@@ -35,6 +37,22 @@ LOOP = (
       => (bool c1, float[2,3] h2, float[2,3] k1, float[2,3] yt) {
     c1 = Identity(c0) fi = Cast<to = 1>(i) m = MatMul(h, w) a = Add(m, fi) h2 = Sin(a)
     k1 = Add(k0, h2) yt = Mul(h2, k0) }>
+}"""
+)
+TURNS = (
+    HEAD
+    + """g (float[2,3] s, float[2,3] r, float[2,3] w, int64 n, bool c) => (float[2,3] z, float[2,3] u, float[N,2,3] y) {
+  z, u, y = Loop (n, c, s, r) <body = b (int64 i, bool c0, float[2,3] h, float[2,3] k)
+      => (bool c1, float[2,3] h2, float[2,3] k2, float[2,3] yt) {
+    c1 = Identity(c0) h2 = Mul(h, w) k2 = Add(k, h2) yt = Mul(h2, k) }>
+}"""
+)
+GROWING = (
+    HEAD
+    + """g (float[N,3] s, float[3] w) => (float[M,3] z) {
+  n = Constant<value = int64 {3}>()
+  z = Loop (n, , s) <body = b (int64 i, bool c0, float[K,3] h) => (bool c1, float[L,3] h2) {
+    c1 = Identity(c0) a = ReduceSum<keepdims = 1>(h) m = Mul(a, w) q = ADDED }>
 }"""
 )
 NESTED = (
@@ -69,6 +87,27 @@ def test_scan(name: str, settings: str, x: str, y: str) -> None:
 
 def test_loop() -> None:
     check(onnx.parser.parse_model(LOOP), {"s": floats(2, 3), "w": floats(3, 3, low=-0.7, high=0.7)})
+
+
+@pytest.mark.parametrize("condition", [True, False])
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_loop_of_any_number_of_steps(steps: int, condition: bool) -> None:
+    """Without a step the gradients of the states are those of their final values, and the weight's is zero."""
+    feeds = {"s": floats(2, 3), "r": floats(2, 3, seed=1), "w": floats(2, 3, seed=2)}
+    check(onnx.parser.parse_model(TURNS), {**feeds, "n": np.array(steps), "c": np.array(condition)})
+
+
+@pytest.mark.parametrize(
+    "added", ["Identity(m) h2 = Concat<axis = 0>(h, q)", "Identity(m) h2 = Pad(h, one)"], ids=["Concat", "sizes"]
+)
+def test_a_state_that_grows_is_refused(added: str) -> None:
+    text = GROWING.replace("q = ADDED", f"q = {added}")
+    if "one" in added:  # sizes are numbers, and known to differ
+        text = text.replace("float[K,3]", "float[2,3]").replace("float[L,3]", "float[3,3]")
+        text = text.replace("q = ", "one = Constant<value = int64[4] {0, 0, 1, 0}>() q = ")
+    model = bridge.from_proto(onnx.parser.parse_model(text), "test")
+    with pytest.raises(NoGradient, match=r"\(Loop\): its state 'h' changes its shape from step to step; it cuts off"):
+        gradients(model, {"z": None}, ["s", "w"])
 
 
 @pytest.mark.parametrize("condition", [True, False])

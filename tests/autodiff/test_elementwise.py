@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
+from onnxcompress.autodiff import gradients
+from onnxcompress.model import bridge
 from tests.autodiff.cases import Case, floats, ints
 from tests.autodiff.checking import gradient_model, session
 
@@ -108,18 +111,31 @@ def test_attributes_and_optional_inputs(case: Case, dynamic: bool) -> None:
     case.check(dynamic)
 
 
+def test_an_exponent_that_is_a_weight_has_a_gradient() -> None:
+    """dp = sum of x^p log x, for an exponent that is a constant until it is trained."""
+    x = {"x": np.array([0.5, 2, 3], np.float32)}
+    built, names = gradient_model(Case("Pow", x, constants={"p": np.array([1.5], np.float32)}).model(), {}, [])
+    del names
+    model = bridge.from_proto(built, "test")
+    found = gradients(model, {"y": None}, ["x", "p"])
+    model.graph.outputs.extend([found["x"], found["p"]])
+    dx, dp = session(bridge.to_proto(model)).run([found["x"].name, found["p"].name], x)
+    np.testing.assert_allclose(dx, 1.5 * x["x"] ** 0.5, rtol=1e-6)
+    np.testing.assert_allclose(dp, [(x["x"] ** 1.5 * np.log(x["x"])).sum()], rtol=1e-6)
+
+
 @pytest.mark.parametrize("opset", [13, 14, 15, 16, 18, 21])
 def test_one_operator_through_the_opsets(opset: int) -> None:
     Case("Relu", {"x": floats(2, 3)}, opset=opset).check()
 
 
 def test_ties_give_the_gradient_once() -> None:
-    """Max of two equal values: the first takes it; Relu at its corner: nothing passes (as in PyTorch)."""
+    """Max of two equal values: each takes half of it; Relu at its corner: nothing passes (as in PyTorch)."""
     x = {"a": np.array([1, 0], np.float32), "b": np.array([1, 2], np.float32)}
     built, names = gradient_model(Case("Max", x).model(), {"y": np.ones(2, np.float32)}, ["a", "b"])
     a, b = session(built).run([names["a"], names["b"]], {**x, "seed/y": np.ones(2, np.float32)})
-    np.testing.assert_array_equal(a, [1, 0])
-    np.testing.assert_array_equal(b, [0, 1])
+    np.testing.assert_array_equal(a, [0.5, 0])
+    np.testing.assert_array_equal(b, [0.5, 1])
     zero = {"x": np.zeros(2, np.float32)}
     built, names = gradient_model(Case("Relu", zero).model(), {"y": np.ones(2, np.float32)}, ["x"])
     (x0,) = session(built).run([names["x"]], {**zero, "seed/y": np.ones(2, np.float32)})
@@ -146,11 +162,6 @@ def test_gradients_have_the_type_of_their_values(dtype: type[np.floating]) -> No
     x = {"x": np.array([0.25, 4], dtype)}
     built, names = gradient_model(Case("Sqrt", x).model(), {}, [])
     del names
-    import onnx_ir as ir
-
-    from onnxcompress.autodiff import gradients
-    from onnxcompress.model import bridge
-
     model = bridge.from_proto(built, "test")
     found = gradients(model, {"y": None}, ["x"])
     model.graph.outputs.append(found["x"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -234,13 +235,19 @@ class Loop(Operator):
         body, now, step = self.body, list(states), 0
         kept: list[list[np.ndarray]] = [[] for _ in range(len(body.output_names) - 1 - len(now))]
         going = True if condition is None else bool(np.asarray(condition).item())
-        while going and (count is None or step < int(np.asarray(count).item())):
+
+        def run() -> Any:
             feeds = dict(context or {})
             feeds.update(zip(body.input_names, [np.array(step), np.array(going), *now], strict=True))
-            outputs = self._run_body(feeds)
+            return self._run_body(feeds)
+
+        while going and (count is None or step < int(np.asarray(count).item())):
+            outputs = run()
             going, now, step = bool(outputs[0]), list(outputs[1 : 1 + len(now)]), step + 1
             for stack, new in zip(kept, outputs[1 + len(now) :], strict=True):
                 stack.append(new)
+        if not step:  # one that does not count says what shapes there would be
+            return (*now, *(np.zeros((0, *new.shape), new.dtype) for new in run()[1 + len(now) :]))
         return (*now, *(np.stack(stack) for stack in kept))
 
 
@@ -308,7 +315,51 @@ class RNN(_Recurrent):
         return [slope[(self.activations or ["Tanh"])[0]](x @ w.T + state[0] @ r.T + wb + rb)]
 
 
+class GridSample(Operator):
+    """The reference evaluator's own computes places in float32, and pads them for cubic, too, unlike ONNX Runtime."""
+
+    op_domain = ""
+
+    def _run(self, x: np.ndarray, grid: np.ndarray, **attributes: Any) -> tuple[np.ndarray]:
+        given = {**self.__dict__, **{name: value for name, value in attributes.items() if value is not None}}
+        out = np.zeros((*x.shape[:2], *grid.shape[1:-1]), x.dtype)
+        for n, *at in np.ndindex(*grid.shape[:-1]):
+            taps = [self._taps(u, size, given) for u, size in zip(grid[(n, *at)][::-1], x.shape[2:], strict=True)]
+            for combination in itertools.product(*taps):
+                pixel = tuple(i for i, _ in combination)
+                out[(n, slice(None), *at)] += x[(n, slice(None), *pixel)] * math.prod(w for _, w in combination)
+        return (out,)
+
+    def _taps(self, u: float, size: int, given: dict[str, Any]) -> list[tuple[int, float]]:
+        mode, padding, aligned = given["mode"], given["padding_mode"], given["align_corners"]
+        p = (u + 1) / 2 * (size - 1) if aligned else ((u + 1) * size - 1) / 2
+
+        def back(i: float) -> float:
+            if padding == "reflection":
+                low, high = (0, size - 1) if aligned else (-0.5, size - 0.5)
+                while not low <= i <= high:
+                    i = 2 * low - i if i < low else 2 * high - i
+            return i if padding == "zeros" else min(max(i, 0), size - 1)
+
+        if "cubic" in mode:
+            found = [(back(np.floor(p) + k), _keys(abs(p - np.floor(p) - k))) for k in (-1, 0, 1, 2)]
+        elif "linear" in mode:
+            p = back(p)
+            found = [(np.floor(p) + k, 1 - abs(p - np.floor(p) - k)) for k in (0, 1)]
+        else:
+            found = [(np.rint(back(p)), 1.0)]
+        return [(int(i), w) for i, w in found if 0 <= i < size]
+
+
+def _keys(d: float, a: float = -0.75) -> float:
+    """Keys 1981."""
+    if d <= 1:
+        return (a + 2) * d**3 - (a + 3) * d**2 + 1
+    return a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
+
+
 OWN: list[type[OpRun]] = [
+    GridSample,
     MaxPool,
     Scan,
     Loop,

@@ -11,6 +11,7 @@ from onnx import helper
 
 from tests.autodiff.cases import Case, floats, ints
 from tests.autodiff.checking import model_of
+from tests.autodiff.witnessed_edges import FAMILIES as EDGES
 
 MS = "com.microsoft"
 LINE = np.array([-2.2, -1.3, -0.7, -0.2, 0.15, 0.3, 0.8, 1.4, 1.9], np.float32)  # away from all kinks
@@ -142,7 +143,7 @@ def movement() -> Iterator[Case]:
         yield Case("Pad", {"x": floats(1, 1, 3, 4)}, {"mode": mode}, {"p": pads}, opset=19)
     yield Case("Tile", {"x": floats(2, 3)}, constants={"r": ints(2, 3)})
     for mode in ("DCR", "CRD"):
-        yield Case("DepthToSpace", {"x": floats(1, 8, 2, 2)}, {"blocksize": 2, "mode": mode}, dynamic=mode == "DCR")
+        yield Case("DepthToSpace", {"x": floats(1, 8, 2, 2)}, {"blocksize": 2, "mode": mode})
     yield Case("SpaceToDepth", {"x": floats(1, 2, 4, 4)}, {"blocksize": 2})
     yield Case("Trilu", {"x": floats(4, 4)})
     yield Case("Trilu", {"x": floats(4, 4)}, {"upper": 0}, {"k": np.int64(1)})
@@ -203,8 +204,7 @@ def windows() -> Iterator[Case]:
         for x, w, attributes in table:
             channels = w[0] if op == "Conv" else w[1] * attributes.get("group", 1)
             feeds = {"x": floats(*x), "w": floats(*w, seed=1), "b": floats(channels, seed=2)}
-            dynamic = "output_shape" not in attributes
-            yield Case(op, feeds, {**attributes, "kernel_shape": list(w[2:])}, dynamic=dynamic)
+            yield Case(op, feeds, {**attributes, "kernel_shape": list(w[2:])})
     image = {"x": floats(1, 2, 5, 6)}
     for attributes in (
         {"kernel_shape": [2, 2], "strides": [2, 2]},
@@ -349,7 +349,7 @@ FAMILIES = {
         recurrent,
         quantization,
     )
-}
+} | EDGES
 
 
 def fake_quantization() -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:

@@ -6,8 +6,10 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import numpy as np
+
 from onnxcompress.autodiff.rule import Context, Grads, rule
-from onnxcompress.autodiff.rules.windows import Window, kernel_of
+from onnxcompress.autodiff.rules.windows import Window, halves, kernel_of
 from onnxcompress.autodiff.tensor import Size, Tensor
 
 Formulation = Callable[[Window, Tensor, Tensor, int, Tensor], Tensor]
@@ -31,7 +33,7 @@ class WeightGradient:
     pads: tuple[int, ...] | None
 
 
-@rule("Conv")
+@rule("Conv", refuses="a kernel whose size is unknown")
 def conv(c: Context) -> Grads:
     """Image: the transposed convolution of g. Weight: image and g correlated. Bias: g summed."""
     x, w, g = c.x[0], c.x[1], c.g
@@ -41,15 +43,14 @@ def conv(c: Context) -> Grads:
     return [dx, dw, bias_gradient(window, g)]
 
 
-@rule("ConvTranspose")
+@rule("ConvTranspose", refuses="a kernel whose size is unknown")
 def conv_transpose(c: Context) -> Grads:
     """The mirror image of Conv: what was the image is the result, and the reverse."""
     x, w, g = c.x[0], c.x[1], c.g
     window, group = Window(c, g, x, kernel_of(c, 1)), c.attr("group", 1)
     _transposed_padding(c, window)
-    if window.pads is None:
-        raise c.refuse("output_shape needs a known input size")
-    dx = c.b.op("Conv", g, w, pads=window.pads, group=group, shape=x.shape, **window.attributes)
+    image = window.pad(g) if window.pads is None else g
+    dx = c.b.op("Conv", image, w, pads=window.pads, group=group, shape=x.shape, **window.attributes)
     if any(o >= s for o, s in zip(c.attr("output_padding") or (), window.strides, strict=False)):
         dx = dx.slice(window.spatial, [0] * window.rank, [x.size(axis) for axis in window.spatial])
     dw = weight_gradient(window, g, x, group, w) if c.needs[1] else None
@@ -64,14 +65,12 @@ def _transposed_padding(c: Context, window: Window) -> None:
     extra = c.attr("output_padding") or [0] * window.rank
     for i, axis in enumerate(window.spatial):
         size: Size = c.x[0].size(axis)
-        if wanted and not isinstance(size, int):
-            raise c.refuse("output_shape needs a known input size")
-        if wanted and isinstance(size, int):
-            total = window.strides[i] * (size - 1) + extra[i] + window.spans[i] - wanted[i]
+        total: Size
+        if wanted:
+            total = (size - 1) * window.strides[i] + (extra[i] + window.spans[i] - wanted[i])
         else:
             total = extra[i] + window.spans[i] - window.strides[i]
-        total = max(total, 0)
-        low, high = total // 2, total - total // 2
+        low, high = halves(total)
         window.before[i], window.after[i] = (low, high) if auto == "SAME_UPPER" else (high, low)
 
 
@@ -150,3 +149,24 @@ def weight_gradient(window: Window, image: Tensor, g: Tensor, group: int, w: Ten
     if producer is not None:
         producer.meta[WeightGradient.KEY] = form
     return found
+
+
+@rule("Col2Im", refuses="a block shape known only at run time")
+def col2im(c: Context) -> Grads:
+    """Every block takes what its elements were added to."""
+    block = c.constant(2)
+    if block is None:
+        raise c.refuse("a block shape known only at run time has no rule")
+    kernel = [int(size) for size in block.reshape(-1)]
+    rank, b = len(kernel), c.b
+    strides, dilations = (list(c.attr(name) or [1] * rank) for name in ("strides", "dilations"))
+    pads = list(c.attr("pads") or [0] * 2 * rank)
+    image = b.op("Pad", c.g, b.ints([0, 0, *pads[:rank], 0, 0, *pads[rank:]]), shape=(None,) * (rank + 2))
+    axes = list(range(2, 2 + rank))
+    taps = []
+    for place in np.ndindex(*kernel):
+        starts = [p * d for p, d in zip(place, dilations, strict=True)]
+        rests = [(k - 1) * d - start for k, d, start in zip(kernel, dilations, starts, strict=True)]
+        seen = image.slice(axes, list(starts), [-rest if rest else 2**31 for rest in rests], strides)
+        taps.append(seen.reshape([0, 0, 1, -1]))
+    return [b.op("Concat", *taps, axis=2).reshape_like(c.x[0]), None, None]

@@ -53,6 +53,7 @@ def add_rows(x: Tensor, indices: Tensor, g: Tensor) -> Tensor:
 
 @rule("GatherElements")
 def gather_elements(c: Context) -> Grads:
+    """Every element adds up where it came from."""
     return [_scatter(c, c.x[1], c.g, c.axis()), None]
 
 
@@ -64,7 +65,7 @@ def _scatter(c: Context, indices: Tensor, updates: Tensor, axis: int) -> Tensor:
 @rule("TopK")
 def top_k(c: Context) -> Grads:
     """The values go back to their indices."""
-    return [_scatter(c, c.y[1], c.g, c.axis(-1)), None]
+    return [_scatter(c, c.output(1, ir.DataType.INT64), c.g, c.axis(-1)), None]
 
 
 @rule("GatherND")
@@ -88,7 +89,7 @@ def _with_batch(c: Context, batch: int) -> Tensor:
     return b.op("Concat", *columns, indices, axis=-1)
 
 
-@rule("ScatterElements")
+@rule("ScatterElements", refuses="reductions mul, max and min")
 def scatter_elements(c: Context) -> Grads:
     """Overwritten elements lose their gradient to the updates; added ones share it."""
     axis, mode, g = c.axis(), str(c.attr("reduction", "none")), c.g
@@ -101,8 +102,9 @@ def scatter_elements(c: Context) -> Grads:
     return [c.b.op("ScatterElements", g, c.x[1], zeros, axis=axis), None, updates]
 
 
-@rule("ScatterND")
+@rule("ScatterND", refuses="reductions mul, max and min")
 def scatter_nd(c: Context) -> Grads:
+    """As ScatterElements."""
     mode, g = str(c.attr("reduction", "none")), c.g
     if mode not in ("none", "add"):
         raise c.refuse(f"reduction {mode!r} has no rule")
@@ -111,3 +113,20 @@ def scatter_nd(c: Context) -> Grads:
         return [g, None, updates]
     zeros = c.b.zeros(c.x[2].sizes(), g.dtype)
     return [c.b.op("ScatterND", g, c.x[1], zeros), None, updates]
+
+
+@rule("TensorScatter")
+def tensor_scatter(c: Context) -> Grads:
+    """What was overwritten loses its gradient to the update."""
+    g, update, axis, rank, b = c.g, c.x[1], c.axis(-2), c.rank(), c.b
+    zero, one = b.constant(np.int64(0)), b.constant(np.int64(1))
+    steps = b.op("Range", zero, b.ints([update.size(axis)]).reshape([]), one, shape=(None,))
+    places = steps.reshape([-1 if i == axis else 1 for i in range(rank)])
+    if c.has(2):
+        places = places + c.x[2].cast(ir.DataType.INT64).reshape([-1 if i == 0 else 1 for i in range(rank)])
+    if str(c.attr("mode", "linear")) == "circular":
+        places = b.op("Mod", places, b.ints([c.x[0].size(axis)]), shape=(None,) * rank)
+    places = b.op("Expand", places, update.sizes(), shape=update.shape)
+    zeros = b.zeros(update.sizes(), g.dtype)
+    past = b.op("ScatterElements", g, places, zeros, axis=axis)
+    return [past, b.op("GatherElements", g, places, axis=axis), None]

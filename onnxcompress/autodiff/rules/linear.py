@@ -68,10 +68,11 @@ def gemm(c: Context) -> Grads:
     return [da, db, dc]
 
 
-@rule("Einsum")
+@rule("Einsum", refuses="an ellipsis that does not come first; a label twice in one term (a diagonal)")
 def einsum(c: Context) -> Grads:
     """The gradient of a term is the sum over the others times g, with the term's own labels as the result."""
     terms, result = _equation(c)
+    alike = _alike(c, terms)
     found: list[Tensor | None] = []
     for index, term in enumerate(terms):
         others = [t for i, t in enumerate(terms) if i != index]
@@ -85,12 +86,25 @@ def einsum(c: Context) -> Grads:
         missing = [i - len(labels) for i, label in enumerate(labels) if label not in present]
         if missing:
             d = c.b.op("Unsqueeze", d, c.b.ints(missing))
+        if missing or not alike:
             d = c.b.op("Expand", d, c.x[index].sizes())
-        found.append(d.unbroadcast(c.x[index]) if front else d)
+        found.append(d.unbroadcast(c.x[index]) if front or not alike else d)
     return found
 
 
 ELLIPSIS = "..."
+
+
+def _alike(c: Context, terms: list[str]) -> bool:
+    """True when every label is known to have one size; ONNX Runtime lets a size of 1 go with any other."""
+    sizes: dict[str, set[int | str | None]] = {}
+    for term, x in zip(terms, c.x, strict=True):
+        labels = term.replace(ELLIPSIS, "")
+        dims = (None,) * len(labels) if x.shape is None else x.shape[len(x.shape) - len(labels) :]
+        for label, dim in zip(labels, dims, strict=True):
+            sizes.setdefault(label, set()).add(dim)
+    shared = [label for label in sizes if sum(label in term for term in terms) > 1]
+    return all(len(sizes[label]) == 1 and None not in sizes[label] for label in shared)
 
 
 def _equation(c: Context) -> tuple[list[str], str]:

@@ -47,8 +47,8 @@ def layer_normalization(c: Context) -> Grads:
     Where these are used themselves: d mean / dx = 1/n, d inverse / dx = -inverse^2 normal / n.
     """
     x, scale, axes = c.x[0], c.x[1], c.axes_from(-1)
-    of_mean, of_inverse = (c.gs[i] if i < len(c.gs) else None for i in (1, 2))
-    g = c.gs[0] if c.gs[0] is not None else c.b.zeros(x.sizes(), x.dtype)
+    of_mean, of_inverse = (c.grads[i] if i < len(c.grads) else None for i in (1, 2))
+    g = c.grads[0] if c.grads[0] is not None else c.b.zeros(x.sizes(), x.dtype)
     mean, inverse = (c.output(i, ir.DataType.FLOAT).cast(x.dtype) for i in (1, 2))
     factor = c.constant(1)
     plain = factor is not None and bool((factor == 1).all())  # then the output is the normal itself, without a bias
@@ -65,6 +65,7 @@ def layer_normalization(c: Context) -> Grads:
 
 @rule("InstanceNormalization")
 def instance_normalization(c: Context) -> Grads:
+    """s (h - mean h - n mean(h n)), n the normalized input, s the inverse deviation, h = g scale, over the space."""
     x, scale, _ = c.x
     g, rank = c.g, c.rank()
     axes = list(range(2, rank))

@@ -10,7 +10,7 @@ from onnxcompress.autodiff.rules.windows import Window, kernel_of
 from onnxcompress.autodiff.tensor import Size, Tensor
 
 
-@rule("MaxPool")
+@rule("MaxPool", refuses="column-major indices (storage_order 1); a kernel whose size is unknown")
 def max_pool(c: Context) -> Grads:
     """To the position the operator itself reports; windows that overlap add up there."""
     c.only()
@@ -22,7 +22,7 @@ def max_pool(c: Context) -> Grads:
     return [add_at(c, c.x[0], positions, c.g, overlap)]
 
 
-@rule("AveragePool")
+@rule("AveragePool", refuses="a kernel whose size is unknown")
 def average_pool(c: Context) -> Grads:
     """Equal shares to all elements of the window; padding takes its share where it was counted."""
     x, g = c.x[0], c.g
@@ -36,23 +36,24 @@ def average_pool(c: Context) -> Grads:
     return [_spread(window, g / _counts(window, x, counted, ceil), 1.0)]
 
 
-@rule("LpPool")
+@rule("LpPool", refuses="ceil_mode; a kernel whose size is unknown")
 def lp_pool(c: Context) -> Grads:
-    """y = (sum |x|^p)^(1/p): x |x|^(p-2) times the windows' g y^(1-p)."""
+    """y = (sum |x|^p)^(1/p): x |x|^(p-2) times the windows' g y^(1-p), zero where y is."""
     x, y, p = c.x[0], c.y[0], c.attr("p", 2)
     window = Window(c, x, c.g, kernel_of(c))
     if c.attr("ceil_mode", 0):
         raise c.refuse("ceil_mode has no rule")
-    return [_spread(window, c.g * _power(y, 1 - p), 1.0) * _signed_power(x, p - 1)]
+    return [_spread(window, _over_power(c.g, y, p - 1), 1.0) * _signed_power(x, p - 1)]
 
 
 @rule("GlobalLpPool")
 def global_lp_pool(c: Context) -> Grads:
+    """The same of one window, the whole image."""
     p = c.attr("p", 2)
-    return [c.g * _power(c.y[0], 1 - p) * _signed_power(c.x[0], p - 1)]
+    return [_over_power(c.g, c.y[0], p - 1) * _signed_power(c.x[0], p - 1)]
 
 
-@rule("MaxUnpool")
+@rule("MaxUnpool", refuses="output_shape")
 def max_unpool(c: Context) -> Grads:
     """Every value went to one position."""
     if c.has(2):
@@ -62,23 +63,28 @@ def max_unpool(c: Context) -> Grads:
 
 @rule("GlobalAveragePool")
 def global_average_pool(c: Context) -> Grads:
+    """g / n to each of n elements."""
     x = c.x[0]
     return [(c.g / x.count(range(2, c.rank()))).expand_like(x)]
 
 
 @rule("GlobalMaxPool")
 def global_max_pool(c: Context) -> Grads:
-    """Shared equally among the elements that hold the maximum."""
-    winners = c.x[0].equals(c.y[0]).cast(c.g.dtype)
-    return [c.g / winners.sum(*range(2, c.rank())) * winners]
+    """To the first element that holds the maximum, as MaxPool's."""
+    x, b = c.x[0], c.b
+    flat = x.reshape([0, 0, -1])
+    place = b.op("ArgMax", flat, axis=2, keepdims=1)
+    zeros = b.zeros(b.op("Shape", flat), c.g.dtype)
+    return [b.op("ScatterElements", zeros, place, c.g.reshape([0, 0, 1]), axis=2).reshape_like(x)]
 
 
-def _power(t: Tensor, exponent: float) -> Tensor:
-    return t if exponent == 1 else t**exponent
+def _over_power(g: Tensor, y: Tensor, exponent: int) -> Tensor:
+    """g / y^exponent, zero where y is."""
+    return g.b.where(y.equals(0.0), 0.0, g / (y if exponent == 1 else y**exponent))
 
 
-def _signed_power(t: Tensor, exponent: float) -> Tensor:
-    return t if exponent == 1 else t.map("Sign") * _power(t.map("Abs"), exponent)
+def _signed_power(t: Tensor, exponent: int) -> Tensor:
+    return t if exponent == 1 else t.map("Sign") * t.map("Abs") ** exponent
 
 
 def _spread(window: Window, g: Tensor, share: float) -> Tensor:

@@ -26,7 +26,7 @@ _RANGES = {
 }
 
 
-@rule("QuantizeLinear")
+@rule("QuantizeLinear", refuses="quantization to floats; scales of blocks that do not divide their axis")
 def quantize_linear(c: Context) -> Grads:
     """q = clip(round(x/s) + z): dx = g/s inside the range, ds = -g x/s^2 there."""
     x, g = c.x[0], c.g
@@ -46,10 +46,10 @@ def quantize_linear(c: Context) -> Grads:
 @rule("DynamicQuantizeLinear")
 def dynamic_quantize_linear(c: Context) -> Grads:
     """q = round(x/s) + z: dx = g/s; the scale is taken as given, all of the range lies inside."""
-    return [c.gs[0] / c.y[1] if c.gs[0] is not None else None]
+    return [c.grads[0] / c.y[1] if c.grads[0] is not None else None]
 
 
-@rule("DequantizeLinear")
+@rule("DequantizeLinear", refuses="scales of blocks that do not divide their axis")
 def dequantize_linear(c: Context) -> Grads:
     """y = (q - z) s: dq = g s, ds = g (q - z)."""
     q, g = c.x[0].cast(c.g.dtype), c.g

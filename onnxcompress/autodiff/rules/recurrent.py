@@ -20,6 +20,7 @@ from onnxcompress.autodiff.tensor import Tensor
 
 Step = Callable[[Builder, Sequence[Tensor], Sequence[Tensor]], tuple[Sequence[Tensor], Sequence[Tensor]]]
 LSTM_ACTIVATIONS = ("Sigmoid", "Tanh", "Tanh")
+_REFUSED = "sequence_lens; batches first (layout 1); clipped gates; "
 INPUT, WEIGHT, RECURRENT, BIAS, LENGTHS, STATE, CELL, PEEPHOLES = range(8)
 
 
@@ -77,7 +78,7 @@ class Direction:
     def __post_init__(self) -> None:
         c, d = self.c, self.index
         self.b = c.b
-        self.hidden = int(c.attr("hidden_size"))
+        self.hidden = _hidden_size(c)
         self.rows = self.gates * self.hidden
         self.x = c.x[INPUT].shaped(None, None, None)
         self.w = c.x[WEIGHT].at(0, d).shaped(self.rows, None)
@@ -122,8 +123,8 @@ class Direction:
 
     def incoming(self) -> tuple[Tensor, Tensor]:
         """Gradients from outside: of all hidden states [T, N, H], and of the last one [N, H]."""
-        gs, b = self.c.gs, self.b
-        every = gs[0].at(1, self.index) if gs[0] is not None else b.zeros(self.h.sizes(), self.x.dtype)
+        grads, b = self.c.grads, self.b
+        every = grads[0].at(1, self.index) if grads[0] is not None else b.zeros(self.h.sizes(), self.x.dtype)
         return every.shaped(None, None, self.hidden), self.final(1)
 
     def apart(self, every: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,7 +137,7 @@ class Direction:
 
     def final(self, output: int) -> Tensor:
         """The gradient of the last state in `output`, or zeros."""
-        g = self.c.gs[output] if output < len(self.c.gs) else None
+        g = self.c.grads[output] if output < len(self.c.grads) else None
         last = g.at(0, self.index) if g is not None else self.b.zeros(self.h0.sizes(), self.x.dtype)
         return last.shaped(None, self.hidden)
 
@@ -144,6 +145,15 @@ class Direction:
         """Sum over steps and batch of left^T right: [A, B] from [T, N, A] and [T, N, B]."""
         flat = (left.reshape([-1, left.size(2)]), right.reshape([-1, right.size(2)]))
         return self.b.op("Gemm", *flat, transA=1)
+
+
+def _hidden_size(c: Context) -> int:
+    """The attribute, or the last size of the recurrent weight, which it may be left to."""
+    shape = c.x[RECURRENT].shape
+    found = c.attr("hidden_size", shape[-1] if shape else None)
+    if not isinstance(found, int):
+        raise c.refuse("its hidden size is unknown; add the attribute hidden_size")
+    return found
 
 
 Gradients = dict[int, Tensor]  # by input, the direction axis restored
@@ -189,13 +199,16 @@ def check(c: Context, activations: Sequence[str]) -> None:
         raise c.refuse(f"activations {given} have no rule; only {list(activations)}")
 
 
-def _bias(way: Direction, wb: Tensor, rb: Tensor | None = None) -> Tensor:
-    """The two halves of the bias gradient, [2 G H], from gate gradients [T, N, G H]."""
-    halves = [t.sum(0, 1, keep=False) for t in (wb, wb if rb is None else rb)]
+def _bias(way: Direction, gates: Tensor, recurrent: Tensor | None = None) -> Tensor:
+    """The gradient of the bias [2 G H] from those of the gates [T, N, G H]: W's half, then R's, where that differs."""
+    halves = [t.sum(0, 1, keep=False) for t in (gates, gates if recurrent is None else recurrent)]
     return way.b.op("Concat", *halves, axis=0)
 
 
-@rule("LSTM")
+@rule(
+    "LSTM",
+    refuses=_REFUSED + "peephole weights; coupled input and forget gates; other activations than sigmoid, tanh, tanh",
+)
 def lstm(c: Context) -> Grads:
     """h = o tanh(C), C = f C' + i g; Hochreiter and Schmidhuber 1997, with forget gates."""
     return _layer(c, 4, LSTM_ACTIVATIONS, lambda way: _lstm(way, _recomputed(way)))
@@ -222,17 +235,17 @@ def lstm_forward(c: Context) -> list[Tensor]:
         h, rest = way.hidden, 3 * way.hidden
 
         def step(
-            _: Builder,
+            local: Builder,
             states: Sequence[Tensor],
             now: Sequence[Tensor],
             way: Direction = way,
             h: int = h,
             rest: int = rest,
         ) -> tuple[list[Tensor], list[Tensor]]:
-            pre = _.op("Gemm", states[0], way.r, now[0], transB=1)
-            sigmoids, g = _.ops("Split", pre, _.ints([rest, h]), outputs=2, axis=1)
+            pre = local.op("Gemm", states[0], way.r, now[0], transB=1)
+            sigmoids, g = local.ops("Split", pre, local.ints([rest, h]), outputs=2, axis=1)
             sigmoids, g = sigmoids.map("Sigmoid"), g.map("Tanh")
-            i, o, f = _.ops("Split", sigmoids, _.ints([h] * 3), outputs=3, axis=1)
+            i, o, f = local.ops("Split", sigmoids, local.ints([h] * 3), outputs=3, axis=1)
             cell = f * states[1] + i * g
             hidden = o * cell.map("Tanh")
             return [hidden, cell], [hidden, sigmoids, g, cell]
@@ -259,7 +272,7 @@ def _recomputed(way: Direction) -> Saved:
     i, o, f, g = way.split(pre, 2)
     i, o, f, g = i.map("Sigmoid"), o.map("Sigmoid"), f.map("Sigmoid"), g.map("Tanh")
 
-    def advance(_: Builder, states: Sequence[Tensor], now: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def advance(local: Builder, states: Sequence[Tensor], now: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         cell = now[0] * states[0] + now[1]
         return [cell], [cell]
 
@@ -276,12 +289,12 @@ def _lstm(way: Direction, saved: Saved) -> Gradients:
     parts = g * i * (1 - i), t * o * (1 - o), old * f * (1 - f), i * (1 - g * g)
     factors = b.op("Concat", *parts, axis=2, shape=(None, None, way.rows))
 
-    def back(_: Builder, states: Sequence[Tensor], now: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def back(local: Builder, states: Sequence[Tensor], now: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         dh, dc = states
         earlier, toward_c, factor, keep = now
         dc = dc + dh * toward_c
-        gates = _.op("Concat", dc, dh, dc, dc, axis=1) * factor
-        return [_.op("Gemm", gates, way.r, earlier), dc * keep], [gates]
+        gates = local.op("Concat", dc, dh, dc, dc, axis=1) * factor
+        return [local.op("Gemm", gates, way.r, earlier), dc * keep], [gates]
 
     every, last = way.incoming()
     first, earlier = way.apart(every, last)
@@ -297,7 +310,7 @@ def _lstm(way: Direction, saved: Saved) -> Gradients:
     return {**found, BIAS: _bias(way, gates)} if way.c.has(BIAS) else found
 
 
-@rule("GRU")
+@rule("GRU", refuses=_REFUSED + "other activations than sigmoid, tanh")
 def gru(c: Context) -> Grads:
     """h = (1 - z) n + z h'; Cho et al. 2014. linear_before_reset: n = tanh(Wx + r (R h' + rb)), else of R (r h')."""
     return _layer(c, 3, ["Sigmoid", "Tanh"], _gru)
@@ -316,18 +329,18 @@ def _gru(way: Direction) -> Gradients:
     to_n, to_z = (1 - z) * (1 - n * n), (before - n) * z * (1 - z)
     to_r = (inner if linear else before) * r * (1 - r)
 
-    def back(_: Builder, states: Sequence[Tensor], now: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def back(local: Builder, states: Sequence[Tensor], now: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         every, kn, kz, kr, zt, rt = now
         dh = states[0] + every
         dn, dz = dh * kn, dh * kz
         if linear:
             dr, reset = dn * kr, dn * rt
-            recurrent = _.op("Concat", dz, dr, reset, axis=1)
+            recurrent = local.op("Concat", dz, dr, reset, axis=1)
             return [dh * zt + recurrent @ way.r], [recurrent, dn]
         through = dn @ rh
         dr = through * kr
         passed = dz @ rz + dr @ rr + through * rt
-        return [dh * zt + passed], [_.op("Concat", dz, dr, dn, axis=1), dn]
+        return [dh * zt + passed], [local.op("Concat", dz, dr, dn, axis=1), dn]
 
     every, last = way.incoming()
     dh0, gates, dn = scan(b, back, [last], [every, to_n, to_z, to_r, z, r], not way.reverse)
@@ -343,7 +356,7 @@ def _gru(way: Direction) -> Gradients:
     return {**found, BIAS: _bias(way, from_x, gates)} if way.c.has(BIAS) else found
 
 
-@rule("RNN")
+@rule("RNN", refuses=_REFUSED + "other activations than one of tanh, relu and sigmoid for all directions")
 def rnn(c: Context) -> Grads:
     """h = tanh(W x + R h' + b) (Elman 1990), or with Relu or Sigmoid."""
     given = [str(a) for a in c.attr("activations") or ("Tanh",)]
@@ -360,7 +373,7 @@ _SLOPES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def _rnn(way: Direction, activation: str) -> Gradients:
-    def back(_: Builder, states: Sequence[Tensor], now: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def back(local: Builder, states: Sequence[Tensor], now: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         d = (states[0] + now[0]) * now[1]
         return [d @ way.r], [d]
 

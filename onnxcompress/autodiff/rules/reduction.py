@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from onnxcompress.autodiff.builder import Builder
 from onnxcompress.autodiff.rule import Context, Grads, rule
+from onnxcompress.autodiff.rules.recurrent import scan
 from onnxcompress.autodiff.tensor import Operand, Tensor
 
 
@@ -48,57 +50,74 @@ class Reduced:
 
     def sum(self, t: Tensor) -> Tensor:
         """The sum of `t`, shaped like the input, over the reduced axes, which stay with size 1."""
+        return self._again("ReduceSum", t)
+
+    def product(self, t: Tensor) -> Tensor:
+        """The product, likewise."""
+        return self._again("ReduceProd", t)
+
+    def _again(self, op_type: str, t: Tensor) -> Tensor:
         if self.nothing:
             return t
         if self.dynamic is not None:
-            return self.c.b.op("ReduceSum", t, self.dynamic, keepdims=1)
-        return t.sum(*(self.axes or ()))
+            return self.c.b.op(op_type, t, self.dynamic, keepdims=1)
+        return t.reduce(op_type, self.axes or ())
 
 
 @rule("ReduceSum")
 def reduce_sum(c: Context) -> Grads:
+    """g to every element that was summed."""
     return [Reduced(c).kept(c.g).expand_like(c.x[0])]
 
 
 @rule("ReduceMean")
 def reduce_mean(c: Context) -> Grads:
+    """g / n to each of n elements."""
     r = Reduced(c)
     return [(r.kept(c.g) / r.count()).expand_like(c.x[0])]
 
 
 @rule("ReduceSumSquare")
 def reduce_sum_square(c: Context) -> Grads:
+    """dx = 2 g x"""
     return [c.x[0] * (Reduced(c).kept(c.g) * 2)]
 
 
 @rule("ReduceL1")
 def reduce_l1(c: Context) -> Grads:
+    """dx = g sign x"""
     return [Reduced(c).kept(c.g) * c.x[0].map("Sign")]
 
 
 @rule("ReduceL2")
 def reduce_l2(c: Context) -> Grads:
-    r = Reduced(c)
-    return [r.kept(c.g / c.y[0]) * c.x[0]]
+    """g x / y, zero where the norm y is."""
+    r, y = Reduced(c), c.y[0]
+    return [r.kept(c.b.where(y.equals(0.0), 0.0, c.g / y)) * c.x[0]]
 
 
 @rule("ReduceLogSum")
 def reduce_log_sum(c: Context) -> Grads:
+    """dx = g / exp y"""
     r = Reduced(c)
     return [r.kept(c.g / c.y[0].map("Exp")).expand_like(c.x[0])]
 
 
 @rule("ReduceLogSumExp")
 def reduce_log_sum_exp(c: Context) -> Grads:
+    """dx = g exp(x - y)"""
     r = Reduced(c)
     return [r.kept(c.g) * (c.x[0] - r.kept(c.y[0])).map("Exp")]
 
 
 @rule("ReduceProd")
 def reduce_prod(c: Context) -> Grads:
-    """The product over the others, as y / x: no element may be zero."""
-    r = Reduced(c)
-    return [r.kept(c.g * c.y[0]) / c.x[0]]
+    """g times the product over the other elements, which is zero where another one is."""
+    r, x = Reduced(c), c.x[0]
+    zero = x.equals(0.0).cast(x.dtype)
+    filled = x + zero
+    without_zeros = r.kept(c.g) * r.product(filled) / filled
+    return [without_zeros * (r.sum(zero) - zero).equals(0.0)]
 
 
 @rule("ReduceMax", "ReduceMin")
@@ -114,6 +133,26 @@ def cum_sum(c: Context) -> Grads:
     """Every element went into the sums at and after it: the sum from the other end."""
     reverse, exclusive = c.attr("reverse", 0), c.attr("exclusive", 0)
     return [c.b.op("CumSum", c.g, c.x[1], reverse=1 - reverse, exclusive=exclusive), None]
+
+
+@rule("CumProd", refuses="an axis known only at run time")
+def cum_prod(c: Context) -> Grads:
+    """The product of what came before times r, r = g + x' r' with x' and r' of the next element; zeros do no harm."""
+    axis, exclusive, reverse = c.constant(1), c.attr("exclusive", 0), c.attr("reverse", 0)
+    if axis is None:
+        raise c.refuse("an axis known only at run time has no rule")
+    x, b, along = c.x[0], c.b, int(axis.reshape(-1)[0]) % c.rank()
+    before = b.op("CumProd", x, c.x[1], exclusive=1, reverse=reverse, shape=x.shape)
+    order = [along, *(i for i in range(c.rank()) if i != along)]
+
+    def back(_: Builder, states: Sequence[Tensor], now: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        (later,), (x, g) = states, now
+        return ([g + x * later], [later]) if exclusive else ([x * (g + later)], [g + later])
+
+    turned = [t.transpose(order) for t in (x, c.g)]
+    nothing = turned[0].at(0, 0) * 0
+    found = scan(b, back, [nothing], turned, not reverse)[1].shaped(*(None for _ in order))
+    return [before * found.transpose([order.index(i) for i in range(len(order))]), None]
 
 
 @rule("LpNormalization")

@@ -23,8 +23,9 @@ _SAME = (
 SCALES, SIZES = 2, 3
 
 
-@rule("Resize")
+@rule("Resize", refuses="tf_crop_and_resize; keep_aspect_ratio_policy other than stretch")
 def resize(c: Context) -> Grads:
+    """A product with a matrix along each axis; its transpose, which the operator gives by resizing the identity."""
     if str(c.attr("coordinate_transformation_mode", "half_pixel")) == "tf_crop_and_resize":
         raise c.refuse("tf_crop_and_resize has no rule")
     if str(c.attr("keep_aspect_ratio_policy", "stretch")) != "stretch":

@@ -11,17 +11,20 @@ from onnxcompress.autodiff.tensor import Size
 
 @rule("Reshape", "Squeeze", "Unsqueeze", "Flatten")
 def reshape(c: Context) -> Grads:
+    """g in the shape of the input."""
     return [c.g.reshape_like(c.x[0])]
 
 
 @rule("Transpose")
 def transpose(c: Context) -> Grads:
+    """Transposed back."""
     perm = c.attr("perm", None) or list(range(c.rank()))[::-1]
     return [c.g.transpose([int(i) for i in np.argsort(perm)])]
 
 
 @rule("Expand")
 def expand(c: Context) -> Grads:
+    """Summed over the repeats."""
     return [c.g.unbroadcast(c.x[0])]
 
 
@@ -38,7 +41,7 @@ def concat(c: Context) -> Grads:
 @rule("Split")
 def split(c: Context) -> Grads:
     """Joined again, zeros for parts nothing depends on."""
-    parts = [g if g is not None else c.b.zeros(y.sizes(), c.x[0].dtype) for g, y in zip(c.gs, c.y, strict=True)]
+    parts = [g if g is not None else c.b.zeros(y.sizes(), c.x[0].dtype) for g, y in zip(c.grads, c.y, strict=True)]
     return [c.b.op("Concat", *parts, axis=c.axis())]
 
 
@@ -73,7 +76,7 @@ def slice_(c: Context) -> Grads:
     return [b.op("Pad", g, b.ints([*before, *after]), shape=x.shape)]
 
 
-@rule("Pad")
+@rule("Pad", refuses="axes known only at run time")
 def pad(c: Context) -> Grads:
     """What was there before; other modes than zeros add what was copied to where it came from."""
     if str(c.attr("mode", "constant")) != "constant":
@@ -116,17 +119,14 @@ def depth_to_space(c: Context) -> Grads:
     size = c.attr("blocksize")
     back = c.b.op("SpaceToDepth", c.g, blocksize=size, shape=(None,) * 4)
     if str(c.attr("mode", "DCR")) == "CRD":
-        n, channels, h, w = (c.x[0].size(i) for i in range(4))
-        per = channels // (size * size) if isinstance(channels, int) else -1
-        sizes: list[Size] = [n, size * size, per, h * w if isinstance(h, int) and isinstance(w, int) else -1]
-        if not (isinstance(channels, int) and isinstance(h, int) and isinstance(w, int)):
-            raise c.refuse("mode CRD needs a known number of channels, height and width")
-        back = back.reshape(sizes).transpose([0, 2, 1, 3])
+        n, channels = (c.y[0].size(i) for i in range(2))
+        back = back.reshape([n, size * size, channels, -1]).transpose([0, 2, 1, 3])
     return [back.reshape_like(c.x[0])]
 
 
 @rule("SpaceToDepth")
 def space_to_depth(c: Context) -> Grads:
+    """By DepthToSpace."""
     return [c.b.op("DepthToSpace", c.g, blocksize=c.attr("blocksize"), mode=str(c.attr("mode", "DCR")))]
 
 
@@ -146,4 +146,5 @@ def reverse_sequence(c: Context) -> Grads:
 
 @rule("Compress")
 def compress(c: Context) -> Grads:
+    """Back to where it came from, among zeros."""
     return [scatter_back(c)]

@@ -44,15 +44,12 @@ class Window:
         """Half of the padding that gives ceil(size / stride) windows, rounded down and up."""
         size, windows = self.image.size(i + 2), self.result.size(i + 2)
         if isinstance(size, int) and isinstance(windows, int):
-            total = max((windows - 1) * self.strides[i] + self.spans[i] - size, 0)
-            return total // 2, total - total // 2
+            return halves((windows - 1) * self.strides[i] + self.spans[i] - size)
         if self.strides[i] == 1:
             return (self.spans[i] - 1) // 2, self.spans[i] - 1 - (self.spans[i] - 1) // 2
         b = self.b
         reach = (b.ints([windows]) - 1) * self.strides[i] + self.spans[i] - b.ints([size])
-        total_ = b.op("Max", reach, b.ints([0]))
-        low = total_ / 2
-        return low, total_ - low
+        return halves(reach)
 
     @property
     def attributes(self) -> dict[str, Any]:
@@ -150,6 +147,14 @@ class Window:
     def volume(self) -> int:
         """How many elements the kernel has."""
         return math.prod(self.kernel)
+
+
+def halves(total: Size) -> tuple[Size, Size]:
+    """Half of a padding, not less than nothing, rounded down and up."""
+    if isinstance(total, int):
+        return max(total, 0) // 2, max(total, 0) - max(total, 0) // 2
+    most = total.b.op("Max", total, total.b.ints([0]))
+    return most / 2, most - most / 2
 
 
 def kernel_of(c: Context, weight: int | None = None) -> list[int]:
