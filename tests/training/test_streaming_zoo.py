@@ -1,4 +1,4 @@
-"""A streaming model of the zoo, pruned and healed without labels: its state is [2, batch, 128], its weights lie in Ifs."""
+"""A streaming model of the zoo, pruned, healed without labels; its state is [2, batch, 128], its weights are in Ifs."""
 
 from __future__ import annotations
 
