@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from onnxcompress.benchmarking import bench as bench
     from onnxcompress.diagnosis import diagnose as diagnose
     from onnxcompress.inspection import inspect as inspect
+    from onnxcompress.learning import distill as distill
+    from onnxcompress.learning import train as train
     from onnxcompress.linting import lint as lint
     from onnxcompress.model.load import load as load
     from onnxcompress.model.save import save as save
@@ -28,10 +30,12 @@ _WHERE = {
     "bench": "onnxcompress.benchmarking",
     "compress": "onnxcompress.api",
     "diagnose": "onnxcompress.diagnosis",
+    "distill": "onnxcompress.learning",
     "inspect": "onnxcompress.inspection",
     "lint": "onnxcompress.linting",
     "load": "onnxcompress.model.load",
     "save": "onnxcompress.model.save",
+    "train": "onnxcompress.learning",
     "validate": "onnxcompress.validation.validate",
     "verify": "onnxcompress.verification",
     "weights": "onnxcompress.model.weights",
@@ -42,10 +46,12 @@ __all__ = [
     "bench",
     "compress",
     "diagnose",
+    "distill",
     "inspect",
     "lint",
     "load",
     "save",
+    "train",
     "validate",
     "verify",
     "weights",

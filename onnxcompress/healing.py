@@ -19,7 +19,7 @@ from onnxcompress.data.specs import input_specs
 from onnxcompress.errors import DataError, MetricError, PassError
 from onnxcompress.model import bridge, provenance
 from onnxcompress.model.load import load, source_of
-from onnxcompress.model.save import refuse_bad_target, save
+from onnxcompress.model.save import Saved, refuse_bad_target, save
 from onnxcompress.proof import Prover
 from onnxcompress.resume import workplace
 from onnxcompress.runtime.session import open_session
@@ -61,82 +61,106 @@ def train(
     Raises:
         OnnxCompressError: one line; nothing is written.
     """
-    reading, objective = reading or DataOptions(), objective or Objective()
-    settings, threads = settings or Settings(), threads or cores()
+    objective, threads = objective or Objective(), threads or cores()
+    settings = settings or Settings()
     if init == "random" and settings.batch_norm is None:
         settings = dataclasses.replace(settings, batch_norm="trained")
-    _check(objective, settings, evaluate, metric)
-    if teacher is None and any("=" in name for name in settings.outputs):
-        raise PassError(f"--output {settings.outputs[0]}: names a teacher's output, and there is no teacher")
-    model = load(student)
-    original = load(teacher) if teacher is not None else None
-    target = pathlib.Path(out)
-    for read in (model, original):
-        if read is not None:
-            refuse_bad_target(target, read)
-    specs = input_specs(model)
-    options: dict[str, Any] = {"mapping": reading.mapping, "preprocess": reading.preprocess, "labels": reading.labels}
-    source = open_data(data, specs, **options, batch=settings.batch, limit=reading.limit, trim=False, last="fill")
-    identity = {"student": _digest(model), "teacher": _digest(original), "data": source.digest(), "metric": str(metric)}
-    judged = open_data(evaluate, specs, **options, last="fill") if evaluate is not None else None
-    identity |= {"init": init, "evaluate": judged.digest() if judged is not None else ""}
+    _check(objective, settings, evaluate, metric, init, teacher)
+    work = _read(teacher, student, pathlib.Path(out), data, evaluate, reading or DataOptions(), settings.batch)
+    work.identity |= {"metric": str(metric), "init": init, "provider": provider}
     if init == "random":
-        randomize(model, settings.seed)
-    with workplace(target, identity, resume=resume) as place:
-        work = place.state("training") or place.folder
+        randomize(work.student, settings.seed)
+    with workplace(work.out, work.identity, resume=resume) as place:
         conditions = Conditions(
             provider=provider,
             threads=threads,
-            work=work,
+            work=place.state("training") or place.folder,
             resume=resume,
             progress=progress or Silent(),
             on_epoch=lambda epoch: say(_told(epoch)),
             say=say,
-            identity=identity,
+            identity=work.identity,
         )
         evaluation, before = None, None
-        if judged is not None:
-            evaluation = _evaluation(model, judged, metric)
+        if work.judged is not None:
+            evaluation = _evaluation(work.student, work.judged, metric)
             before = evaluation.before
             say(f"before: score {before:.4f}")
             if init == "random":  # what was drawn is no model that anybody came with
                 evaluation = dataclasses.replace(evaluation, before=None)
         done = distill(
-            original,
-            model,
-            source,
+            work.teacher,
+            work.student,
+            work.data,
             objective=objective,
             settings=settings,
             evaluation=evaluation,
             conditions=conditions,
         )
-        trained = bridge.clone(model)
-        errors = write(trained, done.parameters, work)
-        _prove(model, trained, source)
-        text = f"distill {sorted(done.losses.items())} {settings}" if original else f"train {settings}"
-        found = provenance.Provenance(
-            parent=identity["student"],
-            recipe=text,
-            data=identity["data"],
-            versions=provenance.versions(),
-            seed=settings.seed,
-        )
-        provenance.write(trained, found)
-        saved = save(trained, target)
+        saved, changes = _save(work, done, settings, conditions.work)
     say(_summary(done))
     if evaluation is not None and before is not None:
         say(_choice(done, before, evaluation.higher_is_better))
     say(f"{saved.path}: saved, {saved.bytes:,} bytes")
     used = {**done.used, "init": init, "provider": provider, "metric": None if metric is None else str(metric)}
-    digests = {name: identity[name] for name in ("teacher", "student", "data", "evaluate")}
+    digests = {name: work.identity[name] for name in ("teacher", "student", "data", "evaluate")}
     return {
-        **_report(done, errors),
+        **_report(done, changes),
         "before": before,
         "kept_epoch": done.kept,
         "settings": used,
         "sha256": digests,
         "versions": provenance.versions(),
     }
+
+
+@dataclasses.dataclass
+class _Work:
+    """What was read. `identity`: digests of all of it, which a checkpoint must have been made with."""
+
+    teacher: ir.Model | None
+    student: ir.Model
+    out: pathlib.Path
+    data: Data
+    judged: Data | None
+    identity: dict[str, Any]
+
+
+def _read(
+    teacher: Path | None, student: Path, out: pathlib.Path, data: Any, evaluate: Any, reading: DataOptions, batch: int
+) -> _Work:
+    """Models and data, opened; `out` is refused where it cannot be written or would destroy what is read."""
+    model = load(student)
+    original = load(teacher) if teacher is not None else None
+    for read in (model, original):
+        if read is not None:
+            refuse_bad_target(out, read)
+    specs = input_specs(model)
+    options: dict[str, Any] = {"mapping": reading.mapping, "preprocess": reading.preprocess, "labels": reading.labels}
+    source = open_data(data, specs, **options, batch=batch, limit=reading.limit, trim=False, last="fill")
+    judged = open_data(evaluate, specs, **options, last="fill") if evaluate is not None else None
+    digests = {"student": _digest(model), "teacher": _digest(original), "data": source.digest()}
+    digests["evaluate"] = judged.digest() if judged is not None else ""
+    return _Work(original, model, out, source, judged, digests)
+
+
+def _save(
+    work: _Work, done: Trained, settings: Settings, folder: pathlib.Path | None
+) -> tuple[Saved, dict[str, float]]:
+    """Put what was learned into a copy of the student, prove it, sign it and save it; how far each weight moved."""
+    trained = bridge.clone(work.student)
+    changes = write(trained, done.parameters, folder)
+    _prove(work.student, trained, work.data)
+    text = f"distill {sorted(done.losses.items())} {settings}" if work.teacher is not None else f"train {settings}"
+    found = provenance.Provenance(
+        parent=work.identity["student"],
+        recipe=text,
+        data=work.identity["data"],
+        versions=provenance.versions(),
+        seed=settings.seed,
+    )
+    provenance.write(trained, found)
+    return save(trained, work.out), changes
 
 
 def _choice(done: Trained, before: float, higher: bool) -> str:
@@ -154,7 +178,13 @@ def _choice(done: Trained, before: float, higher: bool) -> str:
     return f"warning: {told}: it is worse" if is_worse else told
 
 
-def _check(objective: Objective, settings: Settings, evaluate: Any, metric: Any) -> None:
+def _check(
+    objective: Objective, settings: Settings, evaluate: Any, metric: Any, init: str, teacher: Path | None
+) -> None:
+    if init not in ("keep", "random"):
+        raise PassError(f"init: wanted keep or random, got {init!r}")
+    if teacher is None and any("=" in name for name in settings.outputs):
+        raise PassError(f"--output {settings.outputs[0]}: names a teacher's output, and there is no teacher")
     temperature, alpha, lr = objective.temperature, objective.alpha, settings.lr
     if temperature is not None and not 0 < temperature <= HOTTEST:
         raise PassError(f"temperature: wanted a number above 0 and up to {HOTTEST:g}, got {temperature}")

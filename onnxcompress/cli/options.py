@@ -72,11 +72,23 @@ resume_option = click.option("--resume", is_flag=True, help="go on where an inte
 out_option = click.option("-o", "--out", type=MODEL, required=True, metavar="OUT", help="where to save the result")
 
 
+init_option = click.option(
+    "--init", type=click.Choice(["keep", "random"]), default="keep", show_default=True, help="weights to start from"
+)
+
+
 def training_options(kind: type[Pass]) -> Callable[[F], F]:
     """What the commands that train have in common: data, the parameters of their pass `kind`, evaluation."""
     return stack(
         click.option("--data", required=True, metavar="DATA", help="training data: .npz, folder, or file.py:function"),
         *pass_options(kind, leave=("data", "teacher", "select")),
+        click.option(
+            "--init",
+            type=click.Choice(["keep", "random"]),
+            default="keep",
+            show_default=True,
+            help="weights to start from",
+        ),
         click.option("--eval", "evaluate", metavar="DATA", help="data to keep the best epoch by; needs --metric"),
         metric_option,
         click.option("--patience", type=click.IntRange(min=1), help="stop after so many epochs without a better score"),

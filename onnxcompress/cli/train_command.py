@@ -14,9 +14,6 @@ from onnxcompress.cli import options, running
 @click.command("train")
 @click.argument("model", type=options.MODEL)
 @options.out_option
-@click.option(
-    "--init", type=click.Choice(["keep", "random"]), default="keep", show_default=True, help="weights to start from"
-)
 @options.training_options(registry.load("finetune"))
 def command(model: pathlib.Path, out: pathlib.Path, **given: Any) -> int:
     """Train MODEL on labels, or a language model on its next tokens; from scratch with `--init random`.
