@@ -357,7 +357,7 @@ def test_a_scale_that_others_take_keeps_its_value(tmp_path: pathlib.Path) -> Non
     two.replace_all_uses_with(one)
     before = constants(student)
     found = integers.places(student)
-    write(student, {key: {"w": found[key].encoding.decode(), "scale": np.float32(9)} for key in ("w1", "w2")})
+    write(student, {key: {"w": found[key].encoding.decode(), "scale": np.array(9, np.float32)} for key in ("w1", "w2")})
     after = constants(student)
     assert found["w1"].scale == found["w2"].scale == "w1_scale"
     for name in ("w1_scale", "w1_quantized", "w2_quantized"):
@@ -416,3 +416,19 @@ def test_packed_integers_come_back(bits: int) -> None:
     np.testing.assert_array_equal(_unpacked(packed, bits), values)
     if bits == 4:  # the specification of MatMulNBits: the first in the lowest bits
         np.testing.assert_array_equal(packed[:, 0], values[:, 0] + 16 * values[:, 1])
+
+
+@pytest.mark.parametrize("name", ["mlperf_resnet8", "sst2_minilm3"])
+def test_real_models_quantized_by_onnxruntime(zoo: pathlib.Path, name: str, tmp_path: pathlib.Path) -> None:
+    """Every layer of the file trains, and the training copy computes what the file does."""
+    path = tmp_path / "student.onnx"
+    quantize_dynamic(zoo / name / "model.onnx", path)
+    student, feeds = load(path), dict(np.load(zoo / name / "feeds.npz"))
+    batch = {str(value.name): feeds[str(value.name)][:4] for value in student.graph.inputs}
+    before, copied = only(student, batch), only(step.forward(student, [batch]), batch)
+    np.testing.assert_allclose(copied, before, atol=2e-6 * np.abs(before).max())
+    found = trainable(student)
+    integer = {key for key, place in integers.places(student).items() if place.encoding.q.ndim > 1}
+    assert len(integer) >= 2
+    assert integer <= found.trained.keys()
+    assert not found.blocked
