@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from onnxcompress.encodings import functions
 from onnxcompress.encodings.base import Encoding, Tape
+from onnxcompress.encodings.dense import Masked
 
 Form = Literal["dequantize-linear", "folded", "integer"]
 
@@ -28,6 +29,8 @@ class Affine(Encoding):
     "folded": expanded to float when the model is loaded (small file, float speed, any opset); "integer": the consumer
     takes the integers
     (MatMulInteger, QLinearConv, a Gather of rows): recognized, but written by the pass that rewrites the consumer.
+    `masked`: its zeros are structure (a weight was pruned before it was quantized), and training never fills them. The
+    file says so where they do not show it themselves (`shows_zeros`).
     """
 
     kind: ClassVar[str] = "affine"
@@ -38,6 +41,7 @@ class Affine(Encoding):
     block: int | None = None
     form: Form = "dequantize-linear"
     out: np.dtype[Any] | None = None
+    masked: bool = False
 
     def __post_init__(self) -> None:
         """One scale for all is per tensor, however it was written.
@@ -124,16 +128,34 @@ class Affine(Encoding):
         shape[self.axis] = values.size
         return values.reshape(shape)
 
+    def _zero(self) -> Any:
+        """The zero point in float32, broadcastable against q."""
+        return np.float32(0) if self.zero_point is None else self._spread(self.zero_point).astype(np.float32)
+
+    def steps(self) -> np.ndarray:
+        """scale in float32, broadcastable against the weight: how far two levels are apart."""
+        return np.asarray(self._spread(self.scale).astype(np.float32))
+
+    def levels(self) -> np.ndarray:
+        """q - zero_point in float32, shaped like the weight."""
+        return np.asarray(self.q.astype(np.float32) - self._zero())
+
     def decode(self) -> np.ndarray:
-        scale = self._spread(self.scale).astype(np.float32)
-        zero: Any = np.float32(0) if self.zero_point is None else self._spread(self.zero_point).astype(np.float32)
-        decoded: np.ndarray = ((self.q.astype(np.float32) - zero) * scale).astype(self.dtype, copy=False)
+        decoded: np.ndarray = (self.levels() * self.steps()).astype(self.dtype, copy=False)
         return decoded
+
+    def shows_zeros(self) -> bool:
+        """Whether its zeros tell by themselves that it was pruned (see `stand_out`)."""
+        return stand_out(self.levels())
+
+    def notes(self) -> dict[str, str]:
+        """What the metadata of the constant that holds q says."""
+        return {Masked.KEY: "1"} if self.masked and not self.shows_zeros() else {}
 
     def emit(self, tape: Tape, name: str) -> ir.Value:
         if self.form == "integer":
             raise ValueError(f"{name}: the integer form is written by the pass that rewrites the consumer")
-        q = tape.constant(self.q, f"{name}.q")
+        q = tape.constant(self.q, f"{name}.q", self.notes())
         zero = self.zero_point
         if self.form == "folded":
             assert zero is not None
@@ -159,16 +181,21 @@ class Affine(Encoding):
 
     def buffers(self) -> dict[str, np.ndarray]:
         zero = np.zeros(self.scale.shape, self.q.dtype) if self.zero_point is None else self.zero_point
-        return {"zero_point": zero, "q": self.q}
+        return {"zero_point": zero, "q": self.q} | ({"mask": self.decode() != 0} if self.masked else {})
 
     def forward(
         self, tape: Tape, parameters: Mapping[str, ir.Value], buffers: Mapping[str, ir.Value], name: str
     ) -> ir.Value:
         """Fake quantization, whose gradient passes straight through the rounding (Jacob et al., 2018).
 
-        Integers as wide as a bias's are left unrounded: their steps are too small to matter.
+        Integers as wide as a bias's are left unrounded: their steps are too small to matter. Of a masked weight it is
+        that of w * mask: a zero has no gradient and stays what it is.
         """
         w, scale = parameters["w"], parameters["scale"]
+        if self.masked:
+            assert w.dtype is not None
+            keep = tape.op("Cast", [buffers["mask"]], f"{name}.keep", {"to": int(w.dtype)})
+            w = tape.op("Mul", [w, keep], f"{name}.kept")
         kind = self.q.dtype.name
         if kind == "int32" or (kind in ("int16", "uint16") and tape.opset < 21):
             return w
@@ -182,20 +209,35 @@ class Affine(Encoding):
         return tape.op("DequantizeLinear", [q, scale, zero], name, attributes)
 
     def updated(self, parameters: Mapping[str, np.ndarray]) -> Affine:
+        """See `Encoding.updated`. Zeros that training was told to let go are filled, and then no structure."""
         scale = parameters.get("scale", self.scale).astype(self.scale.dtype)
         fresh = dataclasses.replace(self, scale=scale)
-        step = fresh._spread(scale).astype(np.float32)
-        zero: Any = np.float32(0) if self.zero_point is None else self._spread(self.zero_point).astype(np.float32)
+        step = fresh.steps()
         w = parameters["w"].astype(np.float32)
         # A channel with scale 0 holds nothing but 0.
-        levels = np.rint(np.divide(w, step, out=np.zeros_like(w), where=step != 0)) + zero
+        levels = np.rint(np.divide(w, step, out=np.zeros_like(w), where=step != 0)) + self._zero()
         low, high = limits(self.q.dtype)
-        return dataclasses.replace(fresh, q=np.clip(levels, low, high).astype(self.q.dtype))
+        fresh = dataclasses.replace(fresh, q=np.clip(levels, low, high).astype(self.q.dtype))
+        filled = bool(np.any(fresh.levels()[self.levels() == 0]))
+        return dataclasses.replace(fresh, masked=(self.masked or self.shows_zeros()) and not filled)
 
 
 OUT = ("float32", "float16", "bfloat16", "float64")
+_PEAK, _FEWEST = 3, 16
 _OPSET_OF_TYPE = {"int8": 10, "uint8": 10, "int32": 10, "int2": 25, "uint2": 25, "float4_e2m1fn": 23}
 _IR_OF_TYPE = {"int4": 10, "uint4": 10, "int2": 13, "uint2": 13}
+
+
+def stand_out(levels: np.ndarray) -> bool:
+    """Whether level 0 holds so many of `levels` that rounding alone cannot have brought them there.
+
+    That are at least 16, and more than three times as many as on either level beside it. Where steps are narrow, as
+    they are where most others lie further away than that, rounding gives less than twice as many (of a normal or a
+    Laplace distribution); where they are wide, zeros tell nothing.
+    """
+    at, below, above = (int(np.count_nonzero(levels == level)) for level in (0, -1, 1))
+    is_narrow = levels.size - at >= 2 * (below + above)
+    return at >= _FEWEST and at > _PEAK * max(below, above) and is_narrow
 
 
 def bits_of(dtype: np.dtype[Any]) -> int:

@@ -43,10 +43,13 @@ class Tape:
         self._nodes: list[ir.Node] = []
         self._initializers: list[ir.Value] = []
 
-    def constant(self, array: np.ndarray | ir.TensorProtocol, name: str) -> ir.Value:
-        """A constant with this name. `array` may be a memory map; it is not copied."""
+    def constant(
+        self, array: np.ndarray | ir.TensorProtocol, name: str, notes: Mapping[str, str] | None = None
+    ) -> ir.Value:
+        """A constant with this name. `array` may be a memory map; it is not copied. `notes`: for its metadata."""
         name = self._fresh(name)
         tensor = self.tensor(array, name)
+        tensor.metadata_props.update(notes or {})
         if isinstance(self.owner, ir.Function):
             return self._node("Constant", [], name, {"value": tensor}, "")
         shape, kind = ir.Shape(tensor.shape.numpy()), ir.TensorType(tensor.dtype)

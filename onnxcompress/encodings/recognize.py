@@ -4,6 +4,7 @@ takes.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -82,6 +83,14 @@ def constant_tensor(node: ir.Node) -> ir.TensorProtocol | None:
     return None
 
 
+def is_noted(value: ir.Value) -> bool:
+    """Whether the file says of a weight, plain or in integers, that its zeros are structure (`Masked.KEY`)."""
+    end = value.producer()
+    held = end.inputs[0] if end is not None and parts(end) is not None else value
+    tensor = constant(held)
+    return tensor is not None and Masked.KEY in tensor.metadata_props
+
+
 def parts(node: ir.Node) -> list[ir.Value] | None:
     """The constants from which `node` makes a weight, or None when it is not the last node of an encoded weight."""
     values = [v for v in node.inputs if v is not None]
@@ -121,13 +130,14 @@ def encoded(node: ir.Node) -> Encoding:
         ModelError: its constants do not fit together.
     """
     arrays = [t.numpy() for t in map(constant, node.inputs) if t is not None]
+    masked = is_noted(node.outputs[0])
     try:
         if node.domain != functions.DOMAIN:
-            return _dequantize_linear(node, *arrays)
+            return dataclasses.replace(_dequantize_linear(node, *arrays), masked=masked)
         if node.op_type == functions.EXPAND_SPARSE:
             return Sparse.recognize(arrays)
         if node.op_type.startswith("Dequantize"):
-            return _dequantize(node.op_type, *arrays)
+            return dataclasses.replace(_dequantize(node.op_type, *arrays), masked=masked)
         return Codebook.recognize(node.op_type, arrays)
     except (ValueError, IndexError, TypeError, StopIteration) as error:
         raise ModelError(
@@ -190,7 +200,7 @@ def _operand(value: ir.Value, q: np.ndarray, node: ir.Node, operand: Operand) ->
         if zero.size not in (1, scale.size):
             return unscaled
         zero = np.broadcast_to(zero.reshape(-1 if axis is not None else ()), scale.shape)
-    return Affine(q, scale, zero, axis, form="integer", out=scale.dtype)
+    return Affine(q, scale, zero, axis, form="integer", out=scale.dtype, masked=is_noted(value))
 
 
 def _array(node: ir.Node, index: int | None) -> np.ndarray | None:

@@ -118,5 +118,8 @@ class Sparse(Encoding):
         return tape.op("Gather", [padded, tape.constant(index, f"{name}.index")], name, {"axis": 0})
 
     def updated(self, parameters: Mapping[str, np.ndarray]) -> Sparse:
+        """See `Encoding.updated`. `w` instead of `values`: the whole weight, which may have lost more elements."""
+        if "w" in parameters:
+            return Sparse.pack(parameters["w"].astype(self.dtype, copy=False))
         values = np.concatenate([np.zeros(1, self.values.dtype), parameters["values"].astype(self.values.dtype)])
         return Sparse(self.mask, values, self.dims)

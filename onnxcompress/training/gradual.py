@@ -12,13 +12,12 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from onnxcompress.encodings import Dense, Masked
+from onnxcompress.encodings import Affine, Codebook, Masked
 from onnxcompress.encodings.base import Encoding
 from onnxcompress.errors import PassError
 from onnxcompress.model.roles import WEIGHT_ROLES
 from onnxcompress.model.weights import Weight
 from onnxcompress.training.step import TrainingGraph
-from onnxcompress.training.zeros import Freed
 
 UPDATES = 50  # changes of the masks on the way
 
@@ -52,12 +51,14 @@ def rise(sparsity: float, total: int, until: float) -> Rise:
 
 
 def restated(encode: Callable[[Weight], Encoding]) -> Callable[[Weight], Encoding]:
-    """`encode`, but plain layers' weights with a mask that can grow; embeddings stay as they are."""
+    """`encode`, but layers' weights with a mask that can grow; embeddings and codebooks stay as they are."""
 
     def masked(weight: Weight) -> Encoding:
         found = encode(weight)
         prunable = weight.role in WEIGHT_ROLES and weight.role != "embedding" and len(weight.shape) > 1
-        return Masked(found.decode()) if prunable and isinstance(found, Dense | Masked | Freed) else found
+        if not prunable or isinstance(found, Codebook):
+            return found
+        return dataclasses.replace(found, masked=True) if isinstance(found, Affine) else Masked(found.decode())
 
     return masked
 

@@ -17,12 +17,11 @@ def step_factor(encoding: Encoding) -> float:
     step there is noise of size sqrt(d s). With steps made smaller in proportion to s it stays the same at any s. In 8
     bits the factor is 1, mostly, in 4 bits 0.1 to 0.2.
     """
-    found = getattr(encoding, "inner", encoding)  # integers some of which are held at zero
-    if not isinstance(found, Affine) or found.q.dtype.itemsize > 1:
+    if not isinstance(encoding, Affine) or encoding.q.dtype.itemsize > 1:
         return 1.0
-    w = found.decode().astype(np.float64)
+    w = encoding.decode().astype(np.float64)
     if not w.any():
         return 1.0
-    scale = np.sqrt(np.mean(np.square(found.scale, dtype=np.float64)))
+    scale = np.sqrt(np.mean(np.square(encoding.scale, dtype=np.float64)))
     rms = np.sqrt(np.mean(np.square(w[w != 0])))
     return float(min(1.0, FINE * rms / scale))

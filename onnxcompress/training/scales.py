@@ -12,7 +12,8 @@ import math
 from onnxcompress.encodings import Affine
 from onnxcompress.encodings.affine import limits
 from onnxcompress.encodings.base import Encoding
-from onnxcompress.training.zeros import Held
+
+_ROUNDED = ("int8", "uint8", "int4", "uint4", "int2", "uint2")
 
 
 def gradient_scale(encoding: Encoding) -> float | None:
@@ -21,10 +22,10 @@ def gradient_scale(encoding: Encoding) -> float | None:
     Q is the largest level on the positive side. Not learned: scales of biases and other wide integers, which are not
     rounded in training, and of blocks that do not divide their axis, which have no gradient.
     """
-    found = encoding.inner if isinstance(encoding, Held) else encoding
-    if not isinstance(found, Affine) or found.q.dtype.name not in ("int8", "uint8", "int4", "uint4", "int2", "uint2"):
+    if not isinstance(encoding, Affine) or encoding.q.dtype.name not in _ROUNDED:
         return None
-    if found.block is not None and found.axis is not None and found.shape[found.axis] % found.block:
+    q, scale, axis, block = encoding.q, encoding.scale, encoding.axis, encoding.block
+    if block is not None and axis is not None and q.shape[axis] % block:
         return None
-    low, high = limits(found.q.dtype)
-    return 1 / math.sqrt(found.q.size / found.scale.size * max(1, (high - low) // 2))
+    low, high = limits(q.dtype)
+    return 1 / math.sqrt(q.size / scale.size * max(1, (high - low) // 2))

@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from onnxcompress.encodings import recognize
 from onnxcompress.encodings.base import Tape
-from onnxcompress.encodings.dense import Dense
+from onnxcompress.encodings.dense import Dense, Masked
 from onnxcompress.model.weights import Weight
 from onnxcompress.passes.quantization.job import Job
 from onnxcompress.passes.quantization.rewrite import drop, integer, real
@@ -50,7 +50,8 @@ def _fold(weight: Weight, conv: ir.Node, job: Job) -> bool:
     if len(factor) != len(array) or not np.isfinite(folded).all():
         return False
     job.note_overridable(weight)
-    weight.replace(Dense(folded.astype(array.dtype)))
+    folded = folded.astype(array.dtype)
+    weight.replace(Masked(folded) if isinstance(weight.encoding, Masked) else Dense(folded))
     if weight.value.is_graph_input():
         graph.inputs.remove(weight.value)
     tape = Tape(job.model, graph)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import onnx_ir as ir
 
 from onnxcompress.contract import Coverage, Left, Reason, Run, Touched
 from onnxcompress.encodings.base import Tape
+from onnxcompress.model.pruned import Pruned
 from onnxcompress.model.spill import spill
 from onnxcompress.model.weights import Weight
 from onnxcompress.targets import Target, find
@@ -18,7 +20,10 @@ from onnxcompress.targets.base import Weights8
 
 @dataclasses.dataclass
 class Job:
-    """One model being quantized: the target's table, the pass's parameters, and the account."""
+    """One model being quantized: the target's table, the pass's parameters, and the account.
+
+    `is_pruned`: whether a weight's zeros are structure, which its integers then say, too.
+    """
 
     model: ir.Model
     target: Target
@@ -27,6 +32,7 @@ class Job:
     per_channel: bool
     min_elements: int
     max_error: float
+    is_pruned: Callable[[Weight], bool]
     coverage: Coverage = dataclasses.field(default_factory=Coverage)
     fixed: list[str] = dataclasses.field(default_factory=list)
 
@@ -39,7 +45,8 @@ class Job:
         """
         target = find(run.target)
         ranges: dict[str, Weights8] = {"full": "full", "neighbours": "neighbours", "reduced": "reduced"}
-        return cls(model, target, run.work, ranges.get(weights, target.weights), per_channel, min_elements, max_error)
+        levels, pruned = ranges.get(weights, target.weights), Pruned(model, run.original)
+        return cls(model, target, run.work, levels, per_channel, min_elements, max_error, pruned)
 
     def left(self, weight: Weight, reason: Reason, detail: str) -> None:
         """Account for a weight that stays as it is."""
@@ -67,6 +74,6 @@ class Job:
         """Count a rewrite."""
         self.coverage.rewrites[rule] = self.coverage.rewrites.get(rule, 0) + times
 
-    def constant(self, tape: Tape, array: np.ndarray, name: str) -> ir.Value:
-        """A constant on `tape`; a large array moves to the work folder."""
-        return tape.constant(spill(array, self.work), name)
+    def constant(self, tape: Tape, array: np.ndarray, name: str, notes: Mapping[str, str] | None = None) -> ir.Value:
+        """A constant on `tape`; a large array moves to the work folder. `notes`: for its metadata."""
+        return tape.constant(spill(array, self.work), name, notes)

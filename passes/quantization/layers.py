@@ -90,7 +90,7 @@ def layers(weight: Weight, job: Job) -> list[Layer] | str:
     if found is None or len(kinds) != 1:
         return "its consumers differ"
     operator, turned = kinds.pop()
-    encoding = encode(found, operator, bool(turned), job)
+    encoding = dataclasses.replace(encode(found, operator, bool(turned), job), masked=job.is_pruned(weight))
     if encoding.nbytes >= weight.nbytes:
         return "too small to gain by integers"
     error = error_of(found, encoding)

@@ -39,7 +39,7 @@ class DynamicProducts:
             return why
         quantized = per_channel(matrix, 1 if job.per_channel else None, job.weights, [matrix.T])
         axis = 1 if job.per_channel else None
-        encoding = Affine(quantized.q, quantized.scale, None, axis, form="integer")
+        encoding = Affine(quantized.q, quantized.scale, None, axis, form="integer", masked=job.is_pruned(weight))
         name, before = weight.value.name or "", weight.nbytes
         names = sum(len(value.name or "") for use in weight.uses for value in use.node.outputs)
         if encoding.nbytes + len(weight.uses) * NODE_BYTES + 10 * len(name) + 8 * names >= before:
@@ -50,7 +50,7 @@ class DynamicProducts:
         job.note_overridable(weight)
         assert isinstance(weight.owner, ir.Graph)
         tape = Tape(weight.model, weight.owner)
-        q = job.constant(tape, quantized.q, f"{name}.q")
+        q = job.constant(tape, quantized.q, f"{name}.q", encoding.notes())
         scale = job.constant(tape, quantized.scale, f"{name}.scale")
         tape.place()
         for use in weight.uses:

@@ -35,7 +35,8 @@ def rows(weight: Weight, job: Job) -> bool:
         if any(node.op_type == "Transpose" for node in use.path):
             return False
     q, scale, _ = quantize_weight(array.astype(np.float32, copy=False), axis=0 if job.per_channel else None)
-    encoding = Affine(q, scale, None, 0 if job.per_channel else None, form="integer")
+    axis = 0 if job.per_channel else None
+    encoding = Affine(q, scale, None, axis, form="integer", masked=job.is_pruned(weight))
     name, before = weight.value.name or "", weight.nbytes
     if encoding.nbytes + len(weight.uses) * (NODE_BYTES + 12 * len(name)) >= before:
         return False
@@ -44,7 +45,7 @@ def rows(weight: Weight, job: Job) -> bool:
         return False
     job.note_overridable(weight)
     constants = Tape(weight.model, weight.owner)
-    integers = job.constant(constants, q, f"{name}.q")
+    integers = job.constant(constants, q, f"{name}.q", encoding.notes())
     scales = constants.constant(scale.reshape(-1, 1) if job.per_channel else scale, f"{name}.scale")
     constants.place()
     for use in weight.uses:

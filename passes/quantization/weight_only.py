@@ -46,11 +46,11 @@ def folded(weight: Weight, job: Job) -> tuple[Affine, float] | Left:
     opset = weight.model.opset_imports.get("", 1)
     if opset < 7:
         return Left(weight.key, weight.nbytes, Reason.UNSUPPORTED_OPSET, f"needs opset 7, the model has {opset}")
-    array = weight.array()
+    array, pruned = weight.array(), job.is_pruned(weight)
     best: tuple[float, Affine] | None = None
     for axis in _axes(weight, job):
         q, scale, _ = quantize_weight(array, axis=axis)
-        encoding = Affine(q, scale, None, axis, form="folded", out=array.dtype)
+        encoding = Affine(q, scale, None, axis, form="folded", out=array.dtype, masked=pruned)
         if encoding.nbytes + overhead(weight) >= weight.nbytes:
             continue
         error = error_of(array, encoding)

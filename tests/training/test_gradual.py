@@ -8,11 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from onnxcompress.encodings import Masked
+from onnxcompress.contract import Run
+from onnxcompress.encodings import Affine, Masked, Sparse
 from onnxcompress.errors import PassError
 from onnxcompress.model import bridge
 from onnxcompress.model.load import load
 from onnxcompress.model.weights import weights
+from onnxcompress.numerics.affine import quantize_weight
+from onnxcompress.passes.dynamic_quantization import DynamicQuantization
 from onnxcompress.training import loop
 from onnxcompress.training.distill import Conditions, Evaluation, Settings, Trained, distill, write
 from onnxcompress.training.gradual import Gradual, Rise, rise
@@ -139,3 +142,28 @@ def test_nothing_to_prune_is_said() -> None:
 def test_settings_that_no_training_can_have(given: dict[str, Any], message: str) -> None:
     with pytest.raises(PassError, match=message):
         Settings(**given)
+
+
+@pytest.mark.parametrize("stored", ["integers", "integer product", "sparse"])
+def test_the_sparsity_of_stored_forms_rises_too(stored: str, tmp_path: pathlib.Path) -> None:
+    student = load(mlp())
+    if stored == "integer product":
+        DynamicQuantization(max_error=1, min_elements=1).apply(student, Run(work=tmp_path))
+    else:
+        for weight in weights(student):
+            if weight.role == "gemm":
+                array = np.where(np.abs(weight.array()) > 0.1, weight.array(), np.float32(0))
+                q, scale, _ = quantize_weight(array, axis=1)
+                weight.replace(Sparse.pack(array) if stored == "sparse" else Affine(q, scale, None, 1))
+    before = {weight.key: weight for weight in weights(student)}
+    data = opened(student, {"x": arrays(64)["x"]})
+    done = distill(load(mlp()), student, data, settings=SETTINGS)
+    new = bridge.clone(student)
+    write(new, done.parameters)
+    found = [weight for weight in weights(new) if weight.role in ("gemm", "matmul")]
+    assert len(found) == 2
+    for weight in found:
+        assert np.mean(weight.array() == 0) == pytest.approx(0.8, abs=0.01)
+        assert weight.encoding.kind == before[weight.key].encoding.kind
+        assert not np.any(weight.array()[before[weight.key].array() == 0])
+        assert stored != "sparse" or weight.nbytes < before[weight.key].nbytes

@@ -69,9 +69,41 @@ def test_a_sparse_weight_is_let_go_only_when_told(keep: KeepZeros, kept: float) 
     assert encoding.kind == ("sparse" if kept else "dense")
 
 
-@pytest.mark.parametrize(("share", "keep", "kept"), [(0.6, "auto", 1), (0.3, "auto", 0), (0.3, "always", 1)])
-def test_a_pruned_weight_that_was_quantized(share: float, keep: KeepZeros, kept: float) -> None:
+def integers(share: float, masked: bool = False) -> Affine:
+    """w1 in steps of 0.01, of which it is 40 wide: about 1 % is zero by rounding alone."""
     q = np.clip(np.rint(zeroed(share) / 0.01), -128, 127).astype(np.int8)
-    found, encoding = still_zero(student(Affine(q, np.array(0.01, np.float32))), keep)
+    return Affine(q, np.array(0.01, np.float32), masked=masked)
+
+
+@pytest.mark.parametrize(
+    ("share", "keep", "kept"),
+    [(0.6, "auto", 1), (0.3, "auto", 1), (0.3, "always", 1), (0.6, "never", 0), (0, "auto", 0), (0, "always", 1)],
+)
+def test_a_pruned_weight_that_was_quantized(share: float, keep: KeepZeros, kept: float) -> None:
+    found, encoding = still_zero(student(integers(share)), keep)
     assert (found == 1) == bool(kept)
     assert encoding.kind == "affine"
+
+
+def test_few_zeros_among_integers_are_kept_where_the_file_says_so_and_it_goes_on_saying_so() -> None:
+    assert still_zero(student(integers(0.01)), "auto")[0] < 1
+    of = student(integers(0.01, masked=True))
+    found, encoding = still_zero(of, "auto")
+    assert found == 1
+    assert isinstance(encoding, Affine)
+    assert encoding.masked
+    found, encoding = still_zero(of, "never")
+    assert found < 1
+    assert isinstance(encoding, Affine)
+    assert not encoding.masked
+
+
+def test_zeros_that_stood_out_are_known_when_training_has_brought_others_beside_them() -> None:
+    encoding = integers(0.05)
+    assert encoding.shows_zeros()
+    w = encoding.decode()
+    moved = np.where((w != 0) & (np.abs(w) < 0.1), np.sign(w) * np.float32(0.01), w)
+    new = encoding.updated({"w": moved})
+    assert new.masked
+    assert not new.shows_zeros()
+    assert not encoding.updated({"w": np.where(w == 0, np.float32(0.01), w)}).masked  # they were let go

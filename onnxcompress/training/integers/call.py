@@ -6,6 +6,7 @@ node, and the weights it takes, stay what they are.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -193,6 +194,8 @@ class Call:
         Raises:
             Refused: another consumer sees it differently.
         """
+        noted = recognize.is_noted(self._lifter.constants[place.q])
+        place = dataclasses.replace(place, encoding=dataclasses.replace(place.encoding, masked=noted))
         known = self._lifter.places.setdefault(place.q, place)
         if known is not place and not known.encoding.same(place.encoding):
             raise Refused("and its consumers see it with different scales")

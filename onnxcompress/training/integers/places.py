@@ -68,7 +68,7 @@ class Places(Mapping[str, Place]):
             if not parts:
                 continue
             new = encoding.updated(parts)
-            self._put(place.q, place.pack(new.q))
+            self._put(place.q, place.pack(new.q), new.notes())
             if "scale" in parts and place.scale:
                 self._put(place.scale, new.scale)
             errors[place.key] = relative_rms(encoding.decode(), new.decode())
@@ -82,14 +82,15 @@ class Places(Mapping[str, Place]):
         takers, scaled = ({id(node) for node, _ in held[name].uses()} for name in (place.q, place.scale))
         return not takers & scaled or scaled <= takers
 
-    def _put(self, name: str, array: np.ndarray) -> None:
-        """Store `array` in the constant `name`, in its shape and type."""
+    def _put(self, name: str, array: np.ndarray, notes: Mapping[str, str] | None = None) -> None:
+        """Store `array` in the constant `name`, in its shape and type. `notes`: for its metadata."""
         value = named(self._model.graph).get(name)
         held = recognize.constant(value)
         if value is None or held is None:
             raise PassError(f"the constant {name!r} was lost in training (a bug)")
         array = np.ascontiguousarray(array).reshape(held.shape.numpy()).astype(held.dtype.numpy(), copy=False)
         tensor = ir.tensor(array, dtype=held.dtype, name=held.name)
+        tensor.metadata_props.update(notes or {})
         node = value.producer()
         if node is None:
             value.const_value = tensor
