@@ -27,7 +27,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 from tests.autodiff import networks, pytorch
 from tests.autodiff.networks import Arrays
 
-STORED = 3  # draws
+STORED = 5  # draws
 
 
 def gradients(model: onnx.ModelProto, feeds: Arrays, seeds: Arrays, names: list[str], dtype: Any) -> dict[str, Any]:

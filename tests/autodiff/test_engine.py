@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import pathlib
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,8 +13,9 @@ import onnx_ir as ir
 import pytest
 
 from onnxcompress.autodiff import NoGradient, coverage, gradients
-from onnxcompress.autodiff.rule import RULES, ZERO
-from onnxcompress.autodiff.table import operators_table
+from onnxcompress.autodiff.definition import DEFINITIONS
+from onnxcompress.autodiff.rule import REFUSALS, RULES, ZERO
+from onnxcompress.autodiff.table import BY_STANDARD, WITHOUT, operators_table, summary
 from onnxcompress.errors import ModelError, OnnxCompressError
 from onnxcompress.model import bridge
 from tests.autodiff.cases import floats
@@ -153,6 +156,33 @@ def test_table_in_the_documentation_is_current() -> None:
     assert file.read_text(encoding="utf-8") == operators_table(), (
         "run: python -m onnxcompress.autodiff > docs/operators.md"
     )
+
+
+def test_documentation_is_in_words_and_lists_every_refusal() -> None:
+    """One line a rule, no code in it; a rule that can refuse says what."""
+    for (domain, op), function in RULES.items():
+        if domain:
+            continue
+        assert 0 < len(summary(op)) <= 140, op
+        for text in (summary(op), REFUSALS["", op]):
+            assert not re.search(r"`|lambda|\{|\w\(\)|\bc\.|no rule", text), f"{op}: {text}"
+        if "c.refuse(" in inspect.getsource(function):
+            assert REFUSALS["", op], op
+
+
+def test_every_standard_operator_is_accounted_for() -> None:
+    """Those without a rule are the ones the documentation names."""
+    without = {"BitCast", "ConvInteger", "DFT", "DeformConv", "Det", "MatMulInteger", "MaxRoiPool", "QLinearConv"}
+    without |= {"ConcatFromSequence", "Optional", "OptionalGetElement", "SequenceAt", "SequenceConstruct"}
+    without |= {"QLinearMatMul", "SequenceEmpty", "SequenceErase", "SequenceInsert", "STFT", "SplitToSequence"}
+    without |= {"Unique"}
+    newest = {s.name for s in onnx.defs.get_all_schemas() if not s.domain and not s.deprecated and s.since_version < 28}
+    by_definition = {"LinearAttention", "SequenceMap", *BY_STANDARD, *(op for _, op in DEFINITIONS)}
+    rest = newest - {op for _, op in RULES} - {op for _, op in ZERO} - by_definition
+    assert rest <= without
+    named = " ".join(WITHOUT)
+    for op in without - {"ConcatFromSequence"}:
+        assert op in named or re.search("Sequence|Optional", op), op
 
 
 def test_every_registered_operator_exists_and_none_is_both() -> None:

@@ -116,22 +116,25 @@ RECORDS = json.loads(WITNESSES.pop("index").tobytes())
 
 
 def beside_pytorch(name: str) -> None:
-    """The best of three draws of inputs: in some a Relu falls to the other side of zero in float32.
+    """Draw by draw of the inputs, our error is at most twice PyTorch's in the median.
 
+    In the median, because in some draws float32 puts a Relu or a maximum on the other side, of ours or of PyTorch's.
     Stored are projections of the gradients PyTorch computed in float64, and how far its own float32 was off
-    (`against_pytorch.py`). Below 5e-7 it is the rounding of the sums, which differs from processor to processor.
+    (`against_pytorch.py`).
     """
     record, (file, feeds_file) = RECORDS[name], networks.networks()[name]
     model = networks.loaded(file)
-    errors = []
+    ratios = []
     for draw, truth in enumerate(WITNESSES[name]):
         feeds = networks.feeds_of(model, feeds_file, networks.LENGTHS.get(name), draw)
         found = networks.ours(model, feeds, networks.seeds_of(model, feeds))
         assert not any(array.any() for key, array in found.items() if key not in record["weights"])
         off = networks.projections(found, record["weights"]) - truth
-        errors.append(float(np.sqrt((off * off).sum(0).mean())) / record["norms"][draw])
-    print(name, f"{min(errors):.2g}, PyTorch {min(record['float32']):.2g}")
-    assert min(errors) <= max(2 * min(record["float32"]), 5e-7)
+        error = float(np.sqrt((off * off).sum(0).mean())) / record["norms"][draw]
+        ratios.append(error / record["float32"][draw])
+    print(name, *(f"{ratio:.2f}" for ratio in ratios))
+    assert len(ratios) >= 5
+    assert np.median(ratios) <= 2
 
 
 @pytest.mark.parametrize("name", ["digits_cnn", "digits_gru", "gloss_transformer"])

@@ -81,6 +81,7 @@ def kinks() -> Iterator[Case]:
     yield Case("Clip", {"x": corner, **bounds})
     yield Case("Clip", {"x": np.array([0, 2, 4], np.float32), "low": np.float32(3), "high": np.float32(1)})
     yield Case("TopK", {"x": floats(3, 5)}, {}, {"k": ints(2)}, outputs=("y", ""))
+    yield Case("Split", {"x": floats(3, 5)}, {"axis": 1}, {"k": ints(1, 2, 2)}, outputs=("y", "", "z"))
 
 
 def nothing() -> Iterator[Case]:

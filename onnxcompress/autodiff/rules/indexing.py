@@ -70,7 +70,7 @@ def top_k(c: Context) -> Grads:
 
 @rule("GatherND")
 def gather_nd(c: Context) -> Grads:
-    """With batch axes, the indices are completed by the place in the batch."""
+    """Every slice adds up where it came from; with batch axes, the place in the batch completes the indices."""
     x, batch = c.x[0], int(c.attr("batch_dims", 0))
     indices = c.x[1] if not batch else _with_batch(c, batch)
     zeros = c.b.zeros(x.sizes(), c.g.dtype)

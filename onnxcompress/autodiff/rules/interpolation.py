@@ -121,9 +121,9 @@ def _reflected(place: Tensor, low: float, span: Operand) -> Tensor:
 
 @rule("RoiAlign", refuses="mode max")
 def roi_align(c: Context) -> Grads:
-    """y = A x B' for each region, A [height, H] and B [width, W] the averaged weights of its samples.
+    """dx = A' g B for each region, A and B the averaged weights of its samples along each axis; regions through these.
 
-    Regions of several images take a copy of their image each.
+    y = A x B' with A [height, H] and B [width, W]. Regions of several images take a copy of their image each.
     """
     if str(c.attr("mode", "avg")) != "avg":
         raise c.refuse("mode max has no rule")

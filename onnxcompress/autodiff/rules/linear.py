@@ -53,7 +53,7 @@ def stacked_product(a: Tensor, g: Tensor, b: Tensor) -> Tensor:
 
 @rule("Gemm")
 def gemm(c: Context) -> Grads:
-    """Y = alpha A' B' + beta C, where A' and B' may be transposed."""
+    """dA = alpha g B', dB = alpha A' g, transposed where A or B was; dC = beta g"""
     a, b, g = c.x[0], c.x[1], c.g
     ta, tb, alpha, beta = c.attr("transA", 0), c.attr("transB", 0), c.attr("alpha", 1.0), c.attr("beta", 1.0)
 

@@ -15,7 +15,7 @@ def normalized_gradient(g: Tensor, normal: Tensor, inverse: Tensor, axes: list[i
 
 @rule("BatchNormalization")
 def batch_normalization(c: Context) -> Grads:
-    """Inference form, also with respect to the statistics, so that statistics of a batch can be put in their place.
+    """dx = g scale / sqrt(var + epsilon); of the statistics, too, so that those of a batch can take their place.
 
     training_mode 1 never comes here: `definitions` spells it out, because ONNX Runtime 1.32 would overwrite the running
     mean it is given.
@@ -42,9 +42,10 @@ def batch_normalization(c: Context) -> Grads:
 
 @rule("LayerNormalization")
 def layer_normalization(c: Context) -> Grads:
-    """The forward node is made to give its mean and inverse deviation.
+    """s (h - mean h - n mean(h n)), n the normalized input, s the inverse deviation, h = g scale, over the given axes.
 
-    Where these are used themselves: d mean / dx = 1/n, d inverse / dx = -inverse^2 normal / n.
+    The forward node is made to give mean and inverse deviation. Where these are used themselves: d mean / dx = 1/n,
+    d inverse / dx = -inverse^2 normal / n.
     """
     x, scale, axes = c.x[0], c.x[1], c.axes_from(-1)
     of_mean, of_inverse = (c.grads[i] if i < len(c.grads) else None for i in (1, 2))
@@ -83,7 +84,7 @@ def instance_normalization(c: Context) -> Grads:
 
 @rule("RMSNormalization")
 def rms_normalization(c: Context) -> Grads:
-    """y = x r scale, r = 1 / sqrt(mean x^2 + epsilon): dx = r (h - n mean(h n)) with n = x r, h = g scale."""
+    """dx = r (h - n mean(h n)), r = 1 / sqrt(mean x^2 + epsilon), n = x r, h = g scale"""
     x, scale, g = c.x[0], c.x[1], c.g
     axes = c.axes_from(-1)
     inverse = 1 / ((x * x).mean(*axes) + c.attr("epsilon", 1e-5)).map("Sqrt")
@@ -94,7 +95,10 @@ def rms_normalization(c: Context) -> Grads:
 
 @rule("LRN")
 def lrn(c: Context) -> Grads:
-    """y_i = x_i s_i^-b, s = bias + a/n times the sum of x^2 over neighbouring channels (Krizhevsky et al. 2012)."""
+    """dx = g s^-b - 2 a b / n x N(g y / s), s = bias + a/n N(x^2), N the sum over neighbouring channels.
+
+    Krizhevsky et al. 2012: ImageNet classification with deep convolutional neural networks.
+    """
     n, x = c.attr("size"), c.x[0]
     alpha, beta, bias = c.attr("alpha", 1e-4), c.attr("beta", 0.75), c.attr("bias", 1.0)
     before, after = (n - 1) // 2, n - 1 - (n - 1) // 2
@@ -118,12 +122,12 @@ def _neighbours(c: Context, t: Tensor, before: int, after: int) -> Tensor:
 
 @rule("Softmax")
 def softmax(c: Context) -> Grads:
-    """y (g - sum(g y))."""
+    """dx = y (g - sum(g y))"""
     axis, y = c.axis(-1), c.y[0]
     return [y * (c.g - (c.g * y).sum(axis))]
 
 
 @rule("LogSoftmax")
 def log_softmax(c: Context) -> Grads:
-    """g - exp(y) sum(g)."""
+    """dx = g - exp(y) sum(g)"""
     return [c.g - c.y[0].map("Exp") * c.g.sum(c.axis(-1))]

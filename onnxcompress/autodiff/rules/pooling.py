@@ -38,7 +38,7 @@ def average_pool(c: Context) -> Grads:
 
 @rule("LpPool", refuses="ceil_mode; a kernel whose size is unknown")
 def lp_pool(c: Context) -> Grads:
-    """y = (sum |x|^p)^(1/p): x |x|^(p-2) times the windows' g y^(1-p), zero where y is."""
+    """x |x|^(p-2) times the windows' g y^(1-p), zero where y is."""
     x, y, p = c.x[0], c.y[0], c.attr("p", 2)
     window = Window(c, x, c.g, kernel_of(c))
     if c.attr("ceil_mode", 0):

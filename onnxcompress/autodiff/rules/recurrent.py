@@ -210,7 +210,10 @@ def _bias(way: Direction, gates: Tensor, recurrent: Tensor | None = None) -> Ten
     refuses=_REFUSED + "peephole weights; coupled input and forget gates; other activations than sigmoid, tanh, tanh",
 )
 def lstm(c: Context) -> Grads:
-    """h = o tanh(C), C = f C' + i g; Hochreiter and Schmidhuber 1997, with forget gates."""
+    """Through time: gates are computed again at once, cell states and their gradients step by step.
+
+    h = o tanh(C), C = f C' + i g; Hochreiter and Schmidhuber 1997, with forget gates.
+    """
     return _layer(c, 4, LSTM_ACTIVATIONS, lambda way: _lstm(way, _recomputed(way)))
 
 
@@ -312,7 +315,10 @@ def _lstm(way: Direction, saved: Saved) -> Gradients:
 
 @rule("GRU", refuses=_REFUSED + "other activations than sigmoid, tanh")
 def gru(c: Context) -> Grads:
-    """h = (1 - z) n + z h'; Cho et al. 2014. linear_before_reset: n = tanh(Wx + r (R h' + rb)), else of R (r h')."""
+    """Through time: gates are computed again at once, gradients step by step; for both places of the reset gate.
+
+    h = (1 - z) n + z h'; Cho et al. 2014. linear_before_reset: n = tanh(Wx + r (R h' + rb)), else of R (r h').
+    """
     return _layer(c, 3, ["Sigmoid", "Tanh"], _gru)
 
 
@@ -358,7 +364,10 @@ def _gru(way: Direction) -> Gradients:
 
 @rule("RNN", refuses=_REFUSED + "other activations than one of tanh, relu and sigmoid for all directions")
 def rnn(c: Context) -> Grads:
-    """h = tanh(W x + R h' + b) (Elman 1990), or with Relu or Sigmoid."""
+    """Through time, step by step: the slope of the activation from h itself.
+
+    h = tanh(W x + R h' + b), Elman 1990, or with Relu or Sigmoid.
+    """
     given = [str(a) for a in c.attr("activations") or ("Tanh",)]
     if len(set(given)) > 1 or given[0] not in _SLOPES:
         raise c.refuse(f"activations {given} have no rule; only {list(_SLOPES)}")

@@ -91,7 +91,7 @@ def reduce_l1(c: Context) -> Grads:
 
 @rule("ReduceL2")
 def reduce_l2(c: Context) -> Grads:
-    """g x / y, zero where the norm y is."""
+    """dx = g x / y, zero where the norm y is"""
     r, y = Reduced(c), c.y[0]
     return [r.kept(c.b.where(y.equals(0.0), 0.0, c.g / y)) * c.x[0]]
 
@@ -157,7 +157,7 @@ def cum_prod(c: Context) -> Grads:
 
 @rule("LpNormalization")
 def lp_normalization(c: Context) -> Grads:
-    """x / n with n the norm along an axis: (g - n' sum(g y)) / n, n' = sign x or y. Where n is 0, so is the output."""
+    """dx = (g - n' sum(g y)) / n, n the norm along an axis, n' = sign x or y; where n is 0, so is the output"""
     axis, p, x = c.axis(-1), c.attr("p", 2), c.x[0]
     norm = x.reduce("ReduceL1" if p == 1 else "ReduceL2", [axis])
     norm = norm + norm.equals(0.0)

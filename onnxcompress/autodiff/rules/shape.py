@@ -41,7 +41,8 @@ def concat(c: Context) -> Grads:
 @rule("Split")
 def split(c: Context) -> Grads:
     """Joined again, zeros for parts nothing depends on."""
-    parts = [g if g is not None else c.b.zeros(y.sizes(), c.x[0].dtype) for g, y in zip(c.grads, c.y, strict=True)]
+    dtype = c.x[0].dtype
+    parts = [c.b.zeros(c.output(i).sizes(), dtype) if g is None else g for i, g in enumerate(c.grads)]
     return [c.b.op("Concat", *parts, axis=c.axis())]
 
 
@@ -106,7 +107,7 @@ def pad(c: Context) -> Grads:
 
 @rule("Tile")
 def tile(c: Context) -> Grads:
-    """[r0 * d0, r1 * d1, ...] seen as [r0, d0, r1, d1, ...] and summed over the repeats."""
+    """Summed over the repeats: [r0 * d0, r1 * d1, ...] is seen as [r0, d0, r1, d1, ...]."""
     rank, x, b = c.rank(), c.x[0], c.b
     pairs = b.op("Concat", c.x[1].reshape([rank, 1]), x.sizes().reshape([rank, 1]), axis=1)
     folded = b.op("Reshape", c.g, pairs.reshape([2 * rank]), shape=(None,) * (2 * rank))
