@@ -34,6 +34,7 @@ class Distill(Training):
     alpha: float | None = parameter(None, f"share of the labels' loss; {ALPHA:g}", ge=0, le=1)
     squared: bool = parameter(True, "multiply the soft targets' loss by T^2")
     outputs: tuple[str, ...] = parameter((), "an output to learn, NAME or STUDENT=TEACHER; all where none is given")
+    inputs: tuple[str, ...] = parameter((), "an input that the teacher calls otherwise, STUDENT=TEACHER")
     features: tuple[str, ...] = parameter((), "a tensor within to match too, NAME or STUDENT=TEACHER")
     feature_loss: Literal["values", "cosine"] = parameter(
         "values", "squared error of the features, or 1 - cosine", choices=FEATURE_LOSSES

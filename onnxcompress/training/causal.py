@@ -18,8 +18,9 @@ def next_tokens(
     samples: Samples,
     shapes: Mapping[str, tuple[int, ...]],
     teacher_of: Mapping[str, str],
-) -> np.ndarray | None:
-    """int64 [samples, positions]: each position's next token, -100 where there is none; None for any other model.
+) -> tuple[str, np.ndarray] | None:
+    """The first of the outputs `shapes` that predicts them, and each position's next token, int64 [samples, positions],
+    -100 where there is none; None for any other model.
 
     A model is causal when another last token changes nothing but the last position's logits.
     """
@@ -44,7 +45,7 @@ def next_tokens(
     if mask is not None:
         real = np.asarray(mask) != 0
         found[:, :-1][~(real[:, :-1] & real[:, 1:])] = IGNORED
-    return found
+    return output, found
 
 
 def _tokens(feeds: Mapping[str, np.ndarray]) -> str | None:

@@ -1,149 +1,259 @@
-"""Which loss fits an output.
+"""Which loss fits an output, and which of its values that loss takes.
 
-What stands behind the logits (Softmax, ArgMax: classes; Sigmoid: yes or no by itself) and the labels decide; where both
-are silent, a causal language model's next tokens, then the output's name, and else its values are matched.
+An output is classes, binary (each number yes or no by itself) or values. What stands behind it decides (Softmax:
+classes, Sigmoid: binary), in the student or else in the teacher. Else labels decide; without any, what was seen of it
+(numbers that add up to 1 are a distribution over classes), that a causal language model predicts next tokens, or the
+word "logits" in its name; and where all of that is silent its values are matched.
+
+Logits are read in front of the head, of student and teacher each where they are. A head that is not seen into gives
+probabilities: then log p of classes and log(p / (1 - p)) of binary outputs stand for the logits.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from onnxcompress.errors import DataError
+from onnxcompress.training import labels as marks
+from onnxcompress.training.behind import Kind
 from onnxcompress.training.heads import Head
+from onnxcompress.training.readings import Look, Reading
 from onnxcompress.training.samples import Samples
 from onnxcompress.training.targets import IGNORED, Objective, Target
 
-_NAMED = re.compile(r"logit|score|class|prob|pred", re.IGNORECASE)
+_NAMED = re.compile(r"(^|[^a-z])logits?($|[^a-z])", re.IGNORECASE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """One output as one of the two models gives it. `along`: the axis of samples, which is the first in `look`."""
+
+    head: Head
+    look: Look
+    along: int = 0
+
+    @property
+    def class_axis(self) -> int | None:
+        """The axis of the classes; None where neither the graph nor what was seen tells of classes."""
+        head, rank = self.head, len(self.look.shape)
+        if head.kind == "classes" and head.axis is not None:
+            axis = head.axis % rank
+            return axis + 1 if axis < self.along else axis
+        found = self.look.shares or self.look.logs
+        return None if not found or head.kind == "binary" else _usual(rank) if _usual(rank) in found else found[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """One output of the student, as both models give it."""
+
+    student: Side
+    teacher: Side
+
+    @property
+    def name(self) -> str:
+        """The student's."""
+        return self.student.head.output
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the logits that were seen, samples first."""
+        return self.teacher.look.shape
+
+    @property
+    def is_feature(self) -> bool:
+        """Whether it is a tensor within the models."""
+        return self.student.head.kind == "feature"
+
+    @property
+    def told(self) -> tuple[Kind, int | None]:
+        """The kind that graph and numbers say it is, the student's before the teacher's, and the axis of classes."""
+        for side in (self.student, self.teacher):
+            if side.class_axis is not None:
+                return "classes", side.class_axis
+            if side.head.kind == "binary":
+                return "binary", None
+        return "values", None
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the graph of one of both tells of classes or binary outputs."""
+        return any(side.head.kind in ("classes", "binary") for side in (self.student, self.teacher))
+
+    @property
+    def certainty(self) -> int:
+        """How much speaks for a loss of labels: a head behind it, 2; the name alone, 1."""
+        return 2 if self.told[0] != "values" else int(self.is_named)
+
+    @property
+    def is_named(self) -> bool:
+        """Whether a name says that it is logits."""
+        return any(_NAMED.search(side.head.output) for side in (self.student, self.teacher))
+
+    def reading(self, kind: str, axis: int, *, of_student: bool) -> Reading:
+        """Which values of one of the two a loss of `kind` takes."""
+        mine, other = (self.student, self.teacher) if of_student else (self.teacher, self.student)
+        found = mine.head.kind
+        if kind == "classes":
+            if found == "values" and (axis in mine.look.shares or _stands_for(mine, other, "classes", axis)):
+                return "log"
+        elif kind == "binary":
+            if (found == "classes" and mine.class_axis is None) or _stands_for(mine, other, "binary", axis):
+                return "logit"
+        elif found in ("classes", "binary") and (found != other.head.kind or self.told[0] == "values"):
+            return "output"
+        return "logits"
+
+
+def _stands_for(mine: Side, other: Side, kind: Kind, axis: int) -> bool:
+    """Whether numbers from 0 to 1 of unknown origin are probabilities: no layer's, while the other model gives some."""
+    if mine.head.kind != "values" or mine.head.is_linear or not mine.look.is_unit:
+        return False
+    if kind == "classes":
+        return other.head.kind == "classes" or axis in other.look.shares
+    return other.head.kind == "binary" or other.look.is_unit
 
 
 def choose(
-    pairs: Sequence[tuple[Head, Head]],
-    logits: Mapping[str, np.ndarray],
+    outputs: Sequence[Output],
+    logits: Callable[[Output, Reading], np.ndarray],
     samples: Samples,
     objective: Objective,
     *,
     soft: bool,
-    next_tokens: np.ndarray | None = None,
+    next_tokens: tuple[str, np.ndarray] | None = None,
 ) -> list[Target]:
-    """The targets of the student's heads. `pairs`: (student, teacher). `logits`: the teacher's for
-    some samples, by student output.
+    """The targets of the student's outputs. `logits`: the teacher's for some samples, as they are read.
 
-    `next_tokens`: int64 [samples, positions], when the model is a causal language model and there are no labels.
+    `next_tokens`: where there are no labels, the student's output that predicts them, and int64 [samples, positions].
+    Without a teacher (`soft` False) only the output that takes the labels has a target.
 
     Raises:
         DataError: the labels fit no output, are out of range or no numbers, or are needed and missing.
     """
-    found, given = [], samples.labels
-    _check_finite(given)
-    for index, (student, teacher) in enumerate(pairs):
-        shape = logits[student.output].shape
-        if student.kind == "feature":
-            axis = 1 if len(shape) > 3 or len(shape) == 1 else len(shape) - 1
-            found.append(Target(index, student, objective.feature_loss, axis, shape, None, soft, 1.0))
-            continue
-        kind, axis, labels = _kind(student, teacher, shape, given, next_tokens, objective.loss)
-        if labels is not None:
-            given = next_tokens = None  # the labels are of one output
-        temperature = objective.temperature_for(logits[student.output], axis)
-        found.append(Target(index, student, kind, axis, shape, labels, soft, temperature))
-    if samples.labels is not None and given is not None:
-        outputs = [student.output for student, _ in pairs if student.kind != "feature"]
-        told = ", ".join(f"{output} {list(logits[output].shape)}" for output in outputs)
-        what = f"labels of shape {list(samples.labels.shape)} ({samples.labels.dtype})"
-        if samples.labels.dtype.kind == "f" and not np.array_equal(samples.labels, np.rint(samples.labels)):
-            what += ", not all of them whole numbers, as those of classes are,"
-        raise DataError(f"{what} fit no output: {told}")
+    marks.check_finite(samples.labels)
+    chosen = {output.name: _decided(output, None, objective.loss) for output in outputs if not output.is_feature}
+    labelled = _labelled(outputs, samples.labels, next_tokens, objective)
+    if labelled is not None:
+        chosen[labelled[0]] = labelled[1]
+    found = []
+    for index, output in enumerate(outputs):
+        axis = 1 if len(output.shape) > 3 or len(output.shape) == 1 else len(output.shape) - 1
+        made = chosen.get(output.name, _Decided(objective.feature_loss, axis))
+        mine, theirs = (output.reading(made.kind, made.axis, of_student=it) for it in (True, False))
+        temperature = 1.0
+        if not output.is_feature:
+            temperature = objective.temperature_for(logits(output, theirs), made.axis, made.kind)
+        found.append(
+            Target(
+                index,
+                output.student.head,
+                made.kind,
+                made.axis,
+                output.shape,
+                made.labels,
+                soft,
+                temperature,
+                along=output.student.along,
+                reading=mine,
+                teacher_reading=theirs,
+            )
+        )
     if not soft:
         found = [target for target in found if target.labels is not None]
-        if not found:
-            raise DataError("training without a teacher needs labels: an array `y` in the data, or --labels KEY")
-        if all(target.is_indexed and np.all(target.labels == IGNORED) for target in found):
-            raise DataError(f"every label is {IGNORED}, which leaves a sample out: there is nothing to learn")
+    _check(found, objective, soft=soft)
     return found
 
 
-def _kind(
-    student: Head,
-    teacher: Head,
-    shape: tuple[int, ...],
+@dataclasses.dataclass(frozen=True)
+class _Decided:
+    kind: str
+    axis: int
+    labels: np.ndarray | None = None
+
+
+def _labelled(
+    outputs: Sequence[Output],
     labels: np.ndarray | None,
-    next_tokens: np.ndarray | None,
-    wanted: str,
-) -> tuple[str, int, np.ndarray | None]:
-    """(loss, axis, labels as this output's loss takes them or None)."""
-    told = next((h for h in (student, teacher) if h.kind != "values"), student)
-    kind = told.kind if wanted == "auto" else wanted
-    rank = len(shape)
-    axis = rank if rank == 1 else (told.axis % rank if told.axis is not None else rank - 1 if rank <= 3 else 1)
-    if labels is not None and labels.ndim == 2 and labels.shape[1] == 1 and rank <= 2:
-        labels = labels[:, 0]
-    integral = labels is not None and labels.dtype.kind in "iub"
-    whole = integral or (labels is not None and labels.dtype.kind == "f" and np.array_equal(labels, np.rint(labels)))
-    if labels is not None and wanted == "auto" and kind == "values":
-        if whole and rank >= 2 and _class_axis(labels.shape, shape, axis) is not None and shape[axis] > 1:
-            kind = "classes"
-        elif integral and np.isin(labels, (0, 1)).all() and labels.shape[1:] == _squeezed(shape)[1:]:
-            kind = "binary"
-    if labels is None and next_tokens is not None and rank == 3:
-        return "classes", 2, next_tokens
-    if kind == "values" and wanted == "auto" and labels is None and rank >= 2 and shape[axis] > 1:
-        kind = "classes" if _NAMED.search(student.output) else kind
+    next_tokens: tuple[str, np.ndarray] | None,
+    objective: Objective,
+) -> tuple[str, _Decided] | None:
+    """The output that takes the labels, and how: the first that they fit, of those that most speaks for.
+
+    Raises:
+        DataError: they fit none.
+    """
     if labels is None:
-        return kind, axis, None
-    if kind == "classes":
-        at = _class_axis(labels.shape, shape, axis)
-        if at is not None and whole:
-            return kind, at, _checked(labels.astype(np.int64), shape[at], student.output)
-        if labels.shape[1:] == shape[1:] and labels.dtype.kind in "iubf":
-            return kind, axis, _distributions(labels.astype(np.float32), axis)
-        return kind, axis, None
-    if labels.dtype.kind not in "iubf" or labels.shape[1:] != _squeezed(shape)[1:]:
-        return kind, axis, None
-    return kind, axis, labels.reshape(labels.shape[0], *shape[1:]).astype(np.float32)
+        return None if next_tokens is None else (next_tokens[0], _Decided("classes", 2, next_tokens[1]))
+    found = [output for output in outputs if not output.is_feature]
+    for output in sorted(found, key=lambda output: -output.certainty):
+        made = _decided(output, labels, objective.loss)
+        if made.labels is not None:
+            return output.name, made
+    what = f"labels of shape {list(labels.shape)} ({labels.dtype})"
+    if labels.dtype.kind == "f" and not marks.is_whole(labels):
+        what += ", not all of them whole numbers, as those of classes are,"
+    raise DataError(f"{what} fit no output: {', '.join(f'{each.name} {list(each.shape)}' for each in found)}")
 
 
-def _class_axis(labels: tuple[int, ...], logits: tuple[int, ...], preferred: int) -> int | None:
-    """The axis without which the logits' shape is the labels'."""
-    for axis in (preferred, len(logits) - 1, 1):
-        if 0 < axis < len(logits) and labels[1:] == tuple(d for i, d in enumerate(logits) if i != axis)[1:]:
-            return axis
-    return None
+def _decided(output: Output, labels: np.ndarray | None, wanted: str) -> _Decided:
+    """The loss of one output, where `labels` are its own, as far as they fit."""
+    kind: str
+    kind, axis = output.told
+    shape, rank = output.shape, len(output.shape)
+    usual = _usual(rank) if axis is None else axis
+    many = rank >= 2 and shape[usual] > 1
+    if wanted != "auto":
+        kind = wanted
+    elif labels is None:
+        kind = "classes" if kind == "values" and many and output.is_named else kind
+    elif kind == "values" or not output.has_head:
+        kind = _kind_of(labels, shape, usual, many=many) or kind
+    if labels is None:
+        return _Decided(kind, usual)
+    if kind != "classes":
+        given = marks.like(labels, shape)
+        if given is not None and kind == "binary":
+            marks.checked_binary(given, output.name)
+        return _Decided(kind, usual, given)
+    hard = marks.indexed(labels, shape, (usual,) if axis is not None else (usual, rank - 1, 1))
+    if hard is not None:
+        return _Decided(kind, hard[0], marks.checked_classes(hard[1], shape[hard[0]], output.name))
+    given = marks.like(labels, shape)
+    return _Decided(kind, usual, None if given is None else marks.checked_distributions(given, usual))
 
 
-def _check_finite(labels: np.ndarray | None) -> None:
-    if labels is None or labels.dtype.kind != "f" or np.isfinite(labels).all():
-        return
-    sample, *at = np.argwhere(~np.isfinite(labels))[0]
-    raise DataError(
-        f"the label of sample {sample} holds {labels[(sample, *at)]}: mend it, or leave the sample out of the data"
-    )
+def _kind_of(labels: np.ndarray, shape: tuple[int, ...], axis: int, *, many: bool) -> str | None:
+    """What labels say of an output that nothing else speaks for; None where they do not fit it."""
+    if many and marks.indexed(labels, shape, (axis, len(shape) - 1, 1)) is not None:
+        return "classes"
+    given = marks.like(labels, shape)
+    if given is None:
+        return None
+    if many and marks.are_distributions(given, axis):
+        return "classes"
+    return "binary" if np.isin(given, (0, 1)).all() else "values"
 
 
-def _checked(labels: np.ndarray, classes: int, output: str) -> np.ndarray:
-    wrong = (labels != IGNORED) & ((labels < 0) | (labels >= classes))
-    if wrong.any():
-        at = np.argwhere(wrong)[0]
-        raise DataError(
-            f"label {labels[tuple(at)]} of sample {at[0]} is out of range: output {output!r} has classes 0 to "
-            f"{classes - 1} ({IGNORED} leaves one out)"
-        )
-    return labels
+def _usual(rank: int) -> int:
+    """Where classes lie: last, but second in pictures; behind the samples where there is no further axis."""
+    return rank if rank == 1 else rank - 1 if rank <= 3 else 1
 
 
-def _distributions(labels: np.ndarray, axis: int) -> np.ndarray:
-    sums = labels.sum(axis)
-    wrong = (np.abs(sums - 1) > 1e-3) | (labels < 0).any(axis)
-    if wrong.any():
-        at = np.argwhere(wrong)[0]
-        raise DataError(
-            f"label of sample {at[0]} is no distribution: it sums up to {sums[tuple(at)]:g} (for several labels a "
-            "sample, --loss binary)"
-        )
-    return labels
+def _check(found: Sequence[Target], objective: Objective, *, soft: bool) -> None:
+    """Refuse what learns nothing.
 
-
-def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return shape[:-1] if len(shape) == 2 and shape[1] == 1 else shape
+    Raises:
+        DataError: there are no labels where they are needed, or all are left out.
+    """
+    told = [target for target in found if target.labels is not None]
+    if not soft and not told:
+        raise DataError("training without a teacher needs labels: an array `y` in the data, or --labels KEY")
+    if objective.smoothing and all(target.kind not in ("classes", "binary") for target in told):
+        raise DataError("--smoothing: is of labels of classes, and there are none")
+    if not soft and all(target.is_indexed and np.all(target.labels == IGNORED) for target in told):
+        raise DataError(f"every label is {IGNORED}, which leaves a sample out: there is nothing to learn")

@@ -63,21 +63,30 @@ def distill(
     """
     objective, settings = objective or Objective(), settings or Settings()
     conditions = conditions or Conditions()
-    if original is not None:
-        matching.check_inputs(original, data)
+    inputs = matching.inputs_of(original, data.specs, settings.inputs)
     all_samples = samples.collect(data, conditions.work)
     pairs, alone = _paired(original, student, objective, settings)
     size = matching.batch_of(student, original, all_samples.count)
     with contextlib.ExitStack() as stack:
         source = original if original is not None else student
+        theirs = [head for _, head in pairs]
         guide = stack.enter_context(
-            Teacher(source, [t for _, t in pairs], provider=conditions.provider, threads=conditions.threads)
+            Teacher(source, theirs, inputs=inputs, provider=conditions.provider, threads=conditions.threads)
         )
-        chosen = matching.matched(pairs, student, guide, all_samples, objective, size, soft=original is not None)
+        chosen = matching.matched(
+            pairs,
+            student,
+            guide,
+            all_samples,
+            objective,
+            size,
+            soft=original is not None,
+            provider=conditions.provider,
+        )
         keeping = Keeping(settings.keep_zeros, student, original if reference is None else reference)
         graph = step.build(
-            step.forward(student, data.feeds()),
-            [target.head.logits for target in chosen],
+            step.forward(heads.laid_out(student, [target.head for target in chosen]), data.feeds()),
+            [target.value for target in chosen],
             targets.write_all(chosen, objective),
             optimizers.named(settings.optimizer, settings.weight_decay, settings.momentum),
             l1=objective.l1,
@@ -137,6 +146,11 @@ def distill(
         values = loop.run(resume=conditions.resume)
     losses = {target.head.output: told(target, objective) for target in chosen}
     losses |= dict.fromkeys(alone, "not learned, the teacher has no such output")
+    if original is None:
+        (labelled,) = losses
+        losses |= {
+            head.output: f"not learned, the labels are {labelled}'s" for head, _ in pairs if head.output != labelled
+        }
     parameters, left, kept = graph.trained(values), graph.left, loop.kept
     before = evaluation.before if evaluation is not None and gradual is None else None
     if before is not None and is_better(before, loop.score, plan.higher_is_better):

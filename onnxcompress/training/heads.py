@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
 
 import onnx_ir as ir
 
 from onnxcompress.data.sizes import STATE
 from onnxcompress.errors import ModelError
+from onnxcompress.model import bridge
+from onnxcompress.training.behind import Kind, behind
 
-Kind = Literal["classes", "binary", "values", "feature"]
-
-_PASS_ON = {"Identity", "Cast", "ZipMap", "Dropout"}
 _FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
 
 
@@ -23,8 +21,11 @@ class Head:
 
     `logits`: the value before Softmax, LogSoftmax, Sigmoid and ArgMax; the output itself where there is none of them.
     `kind`: what the operators behind it say it is; "feature" for a tensor within the model, whose values are learned.
-    `axis`: the classes' axis, None where nothing says. `is_state`: it goes back in with the next call (a cache of keys
-    and values, a recurrent state), and is learned only where it is asked for by name.
+    `axis`: the classes' axis in the output, None where nothing says. `is_state`: it goes back in with the next call (a
+    cache of keys and values, a recurrent state), and is learned only where it is asked for by name.
+    `scores`: the value with the output's numbers, which is not the output where that is a label or a map of classes.
+    `moves`: values between logits and scores, the results of operators that only move elements. `is_linear`: the
+    numbers come from a layer, and are no probabilities.
     """
 
     output: str
@@ -32,37 +33,73 @@ class Head:
     kind: Kind = "values"
     axis: int | None = None
     is_state: bool = False
+    scores: str = ""
+    moves: tuple[str, ...] = ()
+    is_linear: bool = False
+
+    @property
+    def laid(self) -> str:
+        """The logits with their elements where the scores have theirs, in a model from `laid_out`."""
+        return f"train/logits/{self.output}" if self.moves else self.logits
 
 
 def heads(model: ir.Model) -> list[Head]:
     """The heads of all outputs, in their order; outputs that share their logits (label and scores) are one head."""
     found: dict[str, Head] = {}
     for value in model.graph.outputs:
-        head = _behind(value, model.opset_imports.get("", 1))
+        head = _of(value, model.opset_imports.get("", 1))
         if head is not None and (head.logits not in found or found[head.logits].kind == "values"):
             found[head.logits] = head
     return list(found.values())
 
 
-def _behind(output: ir.Value, opset: int) -> Head | None:
-    value, kind, axis = output, "values", None
-    while (node := value.producer()) is not None and node.inputs and node.inputs[0] is not None:
-        if node.op_type in ("Softmax", "LogSoftmax") and kind != "binary":
-            kind, axis = "classes", node.attributes.get_int("axis", -1 if opset >= 13 else 1)
-            value = node.inputs[0]
-            break
-        if node.op_type == "Sigmoid":
-            kind, value = "binary", node.inputs[0]
-            break
-        if node.op_type == "ArgMax":
-            kind, axis = "classes", node.attributes.get_int("axis", 0)
-        elif node.op_type not in _PASS_ON:
-            break
-        value = node.inputs[0]
-    if kind == "values" and not (isinstance(output.type, ir.TensorType) and output.dtype in _FLOATS):
+def _of(output: ir.Value, opset: int) -> Head | None:
+    seen = behind(output, opset)
+    if seen.kind == "values" and not (isinstance(output.type, ir.TensorType) and output.dtype in _FLOATS):
         return None  # labels, counts: nothing says what they were made from
-    state = kind == "values" and _goes_back(output)
-    return Head(output.name or "", value.name or "", kind, axis, state)  # type: ignore[arg-type]
+    return Head(
+        output.name or "",
+        seen.logits.name or "",
+        seen.kind,
+        seen.axis,
+        is_state=seen.kind == "values" and _goes_back(output),
+        scores=seen.scores.name or "",
+        moves=tuple(node.outputs[0].name or "" for node in seen.moves),
+        is_linear=seen.is_linear,
+    )
+
+
+def laid_out(model: ir.Model, found: Sequence[Head]) -> ir.Model:
+    """A copy in which the logits of `found` are outputs, too, with their elements moved as those of the scores are;
+    `model` itself where none are moved."""
+    if not any(head.moves for head in found):
+        return model
+    copy = bridge.clone(model)
+    made = {value.name: value for node in copy.graph for value in node.outputs}
+    made |= {value.name: value for value in copy.graph.inputs}
+    for head in found:
+        value = made.get(head.logits)
+        for name in head.moves:
+            value = _moved(value, made[name])
+        if value is not None and head.moves:
+            value.name = head.laid
+            copy.graph.outputs.append(value)
+    return copy
+
+
+def _moved(value: ir.Value | None, like: ir.Value) -> ir.Value:
+    """`value` through the operator that gives `like`."""
+    before = like.producer()
+    assert value is not None
+    assert before is not None
+    attributes = list(before.attributes.values())
+    node = ir.Node(before.domain, before.op_type, [value, *before.inputs[1:]], attributes, num_outputs=1)
+    graph = before.graph
+    assert isinstance(graph, ir.Graph)
+    graph.insert_after(before, node)
+    if value.type is not None:
+        node.outputs[0].type, node.outputs[0].shape = value.type, like.shape
+    return node.outputs[0]
 
 
 def _goes_back(output: ir.Value) -> bool:
@@ -117,7 +154,7 @@ def features(wanted: Sequence[str], student: ir.Model, teacher: ir.Model | None)
         if teacher is not None:
             _require(text, mine, student, "the student")
             _require(text, theirs or mine, teacher, "the teacher")
-        heads = [Head(f"feature {name}", name, "feature") for name in (mine, theirs or mine)]
+        heads = [Head(f"feature {name}", name, "feature", scores=name) for name in (mine, theirs or mine)]
         found.append((heads[0], heads[1]))
     return found
 

@@ -72,8 +72,13 @@ def soft_targets(z: Tensor, t: Tensor, weight: Tensor, axis: int, temperature: f
     return loss * (temperature * temperature) if squared else loss
 
 
-def binary_cross_entropy(z: Tensor, target: Tensor, weight: Tensor, axis: int) -> Tensor:
-    """Sum over labels of log(1 + e^z) - z * target: each entry along `axis` is a yes or no by itself."""
+def binary_cross_entropy(z: Tensor, target: Tensor, weight: Tensor, axis: int, smoothing: float = 0.0) -> Tensor:
+    """Sum over labels of log(1 + e^z) - z * target: each entry along `axis` is a yes or no by itself.
+
+    With smoothing s the target is (1 - s) target + s / 2.
+    """
+    if smoothing:
+        target = target * (1 - smoothing) + smoothing / 2
     return mean(_sum(z.map("Softplus") - z * target, axis), weight)
 
 

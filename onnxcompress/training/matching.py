@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from onnxcompress.data.axes import batch_axes
-from onnxcompress.data.batch import Data
-from onnxcompress.data.specs import input_specs
-from onnxcompress.errors import DataError, ModelError
-from onnxcompress.model.shapes import shapes as inferred
+from onnxcompress.data.cast import is_float
+from onnxcompress.data.specs import InputSpec, input_specs
+from onnxcompress.errors import DataError, ModelError, PassError
 from onnxcompress.training import causal
-from onnxcompress.training.choice import choose
+from onnxcompress.training.choice import Output, Side, choose
 from onnxcompress.training.heads import Head
+from onnxcompress.training.readings import Reading, look
 from onnxcompress.training.samples import Samples
 from onnxcompress.training.targets import Objective, Target
 from onnxcompress.training.teacher import Teacher
@@ -32,64 +31,120 @@ def matched(
     size: int | None,
     *,
     soft: bool,
+    provider: str = "cpu",
 ) -> list[Target]:
-    """What each output is trained on, from what the teacher gives for a few samples."""
+    """What each output is trained on, from what both models give for a few samples; `guide` then reads it so.
+
+    Raises:
+        ModelError: the outputs do not fit, or a model fails.
+        DataError: the labels fit no output.
+    """
     count = size or PROBED
     looks = [np.arange(at, at + count) % all_samples.count for at in range(0, PROBED, count)]
     calls = [all_samples.rows(look) for look in looks]
-    seen = [guide.logits(feeds) for feeds in calls]
-    found = {s.output: np.concatenate([each[t.output] for each in seen]) for s, t in pairs}
-    shapes = {name: array.shape for name, array in found.items()}
-    along = {s.output: guide.along(t.output) for s, t in pairs}
-    _check_shapes(pairs, shapes, student, along)
+    theirs = _sides(guide, [teacher for _, teacher in pairs], calls)
+    own = theirs
+    if soft:
+        with Teacher(student, [mine for mine, _ in pairs], provider=provider) as reader:
+            own = _sides(reader, [mine for mine, _ in pairs], calls)
+    outputs = [Output(mine, other) for mine, other in zip(own, theirs, strict=True)]
+    for output in outputs:
+        _check_shapes(output)
     tokens = None
     if all_samples.labels is None and objective.loss in ("auto", "classes"):
-        outputs = {s.output: t.output for s, t in pairs if s.kind != "feature"}
-        shapes = {name: shapes[name] for name in outputs}
-        tokens = causal.next_tokens(guide.logits, calls[0], all_samples, shapes, outputs)
-    chosen = choose(pairs, found, all_samples, objective, soft=soft, next_tokens=tokens)
-    return [dataclasses.replace(target, along=along[target.head.output]) for target in chosen]
+        tokens = _next_tokens(outputs, guide, calls[0], all_samples)
+
+    def logits(output: Output, reading: Reading) -> np.ndarray:
+        name = output.teacher.head.output
+        guide.readings[name] = reading
+        return np.concatenate([guide.logits(feeds)[name] for feeds in calls])
+
+    chosen = choose(outputs, logits, all_samples, objective, soft=soft, next_tokens=tokens)
+    guide.readings = {outputs[each.index].teacher.head.output: each.teacher_reading for each in chosen}
+    return chosen
 
 
-def _check_shapes(
-    pairs: Sequence[tuple[Head, Head]],
-    shapes: Mapping[str, tuple[int, ...]],
-    student: ir.Model,
-    along: Mapping[str, int],
-) -> None:
-    declared: dict[str, Sequence[object] | None]
-    declared = {str(v.name): None if v.shape is None else list(v.shape) for v in student.graph.outputs}
-    if any(head.kind == "feature" for head, _ in pairs):
-        known = inferred(student)
-        for head, _ in pairs:
-            info = known.get(head.logits)
-            if head.kind == "feature" and info is not None:
-                declared[head.output] = info.dims
-    for head, theirs in pairs:
-        mine, given = declared.get(head.output), shapes[head.output]
-        if not mine or (head.kind not in ("values", "feature") and len(mine) != len(given)):
-            continue
-        at = along[head.output]
-        mine = [mine[at], *(dim for axis, dim in enumerate(mine) if axis != at)]
-        fixed = [(a, b) for a, b in list(zip(mine, given, strict=False))[1:] if isinstance(a, int) and a > 0]
-        if len(mine) != len(given) or any(a != b for a, b in fixed):
-            what = "tensor" if head.kind == "feature" else "output"
-            own, other = (h.output.removeprefix("feature ") for h in (head, theirs))
-            raise ModelError(
-                f"the student's {what} {own!r} is [{', '.join(str(d) for d in mine)}], "
-                f"the teacher's {other!r} is {list(given)}: they do not fit"
-            )
+def _sides(reader: Teacher, heads: Sequence[Head], calls: Sequence[Mapping[str, np.ndarray]]) -> list[Side]:
+    """What a model gives for each of its `heads`."""
+    seen = [reader.scores(feeds) for feeds in calls]
+    looks = {name: look(np.concatenate([each[name] for each in seen])) for name in seen[0]}
+    return [Side(head, looks[head.output], reader.along(head.output)) for head in heads]
 
 
-def check_inputs(original: ir.Model, data: Data) -> None:
-    """The teacher runs on the student's feeds."""
-    known = {spec.name for spec in data.specs}
-    for spec in input_specs(original):
-        if spec.name not in known:
+def _next_tokens(
+    outputs: Sequence[Output], guide: Teacher, feeds: Mapping[str, np.ndarray], all_samples: Samples
+) -> tuple[str, np.ndarray] | None:
+    """The tokens that an output predicts, of the teacher if it is a causal language model."""
+    found = sorted((o for o in outputs if not o.is_feature), key=lambda output: -output.certainty)
+    for output in found:
+        axis = len(output.shape) - 1
+        guide.readings[output.teacher.head.output] = output.reading("classes", axis, of_student=False)
+    teacher_of = {output.name: output.teacher.head.output for output in found}
+    shapes = {output.name: output.shape for output in found}
+    return causal.next_tokens(guide.logits, feeds, all_samples, shapes, teacher_of)
+
+
+def _check_shapes(output: Output) -> None:
+    """Raises ModelError where student and teacher give tensors of different shapes for the same samples."""
+    mine, theirs = output.student, output.teacher
+    if mine.look.shape[1:] == theirs.look.shape[1:]:
+        return
+    what = "tensor" if output.is_feature else "output"
+    own, other = (side.head.output.removeprefix("feature ") for side in (mine, theirs))
+    raise ModelError(
+        f"the student's {what} {own!r} is {_told(mine.look.shape)}, the teacher's {other!r} is "
+        f"{_told(theirs.look.shape)}: they do not fit"
+    )
+
+
+def _told(shape: tuple[int, ...]) -> str:
+    """The shape for any number of samples."""
+    return f"[{', '.join(['n', *(str(dim) for dim in shape[1:])])}]" if shape else "[]"
+
+
+def inputs_of(teacher: ir.Model | None, specs: Sequence[InputSpec], wanted: Sequence[str] = ()) -> dict[str, str]:
+    """The teacher's inputs -> those of the student `specs` that they are fed with: the ones `wanted` names
+    ("STUDENT=TEACHER"), those of the same names, and of the others the only one of the same type and shape.
+
+    Raises:
+        ModelError: the teacher has an input that none or several of the student's fit.
+        PassError: there is no teacher to name inputs of.
+    """
+    if teacher is None:
+        if wanted:
+            raise PassError(f"--input {wanted[0]}: names a teacher's input, and there is no teacher")
+        return {}
+    theirs, known = input_specs(teacher), [spec.name for spec in specs]
+    names = [spec.name for spec in theirs]
+    found = {}
+    for text in wanted:
+        mine, _, its = text.partition("=")
+        for name, there, whose in ((mine, known, "the student"), (its, names, "the teacher")):
+            if name not in there:
+                raise ModelError(f"--input {text}: {whose} has no such input, only {', '.join(there)}")
+        found[its] = mine
+    found |= {name: name for name in names if name in known and name not in found}
+    free = [spec for spec in specs if spec.name not in found.values()]
+    missing = [spec for spec in theirs if spec.name not in found]
+    for spec in missing:
+        fitting = [mine.name for mine in free if _fits(mine, spec)]
+        rivals = [other.name for other in missing if any(_fits(mine, other) for mine in free if mine.name in fitting)]
+        if len(fitting) != 1 or len(rivals) != 1:
             raise ModelError(
                 f"the teacher wants an input {spec.name!r} that the student does not have "
-                f"({', '.join(sorted(known))}): they do not fit"
+                f"({', '.join(sorted(known))}): name the one it is fed with, --input STUDENT={spec.name}"
             )
+        found[spec.name] = fitting[0]
+    return found
+
+
+def _fits(mine: InputSpec, theirs: InputSpec) -> bool:
+    """Whether two inputs may hold the same arrays."""
+    kinds = [None if spec.dtype is None else "float" if is_float(spec.dtype) else spec.dtype for spec in (mine, theirs)]
+    if kinds[0] != kinds[1] or mine.rank != theirs.rank:
+        return False
+    pairs = zip(mine.shape or (), theirs.shape or (), strict=True)
+    return all(a == b for a, b in pairs if isinstance(a, int) and isinstance(b, int))
 
 
 def batch_of(student: ir.Model, teacher: ir.Model | None, count: int) -> int | None:

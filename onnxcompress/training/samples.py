@@ -35,7 +35,7 @@ class Samples:
 
     def rows(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """The feeds of the samples `indices`, whole."""
-        feeds = {name: np.asarray(array[indices]) for name, array in self.feeds.items()}
+        feeds = {name: _wide(np.asarray(array[indices])) for name, array in self.feeds.items()}
         return {**as_wanted(feeds, self.axes), **self.constants}
 
     def call(self, indices: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
@@ -45,6 +45,11 @@ class Samples:
         """
         fitted, valid = sequences.fit(self.rows(indices), self.groups, None, True)
         return fitted, None if valid is None else next(iter(valid.values()))
+
+
+def _wide(array: np.ndarray) -> np.ndarray:
+    """bfloat16 as float32, which `wide.widen` has made of such inputs."""
+    return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
 
 
 def collect(data: Data, work: pathlib.Path | None = None) -> Samples:

@@ -42,7 +42,8 @@ class Settings:
     `sparsity`: the share of zeros that layers' weights are brought to on the way, rising over the first share
     `sparsity_until` of the steps (`gradual.Rise`); None prunes nothing. `ema`: the decay of an exponential moving
     average of the parameters, which is then what is evaluated and returned (`average.Average`).
-    `outputs`: names of the student's outputs to learn, empty for all. `patience`: see `loop.Plan`.
+    `outputs`: names of the student's outputs to learn, empty for all. `inputs`: "STUDENT=TEACHER" for what the teacher
+    calls otherwise. `patience`: see `loop.Plan`.
     """
 
     epochs: int | None = None
@@ -63,6 +64,7 @@ class Settings:
     ema: float | None = None
     seed: int = 0
     outputs: tuple[str, ...] = ()
+    inputs: tuple[str, ...] = ()
     patience: int | None = None
     select: Select = dataclasses.field(default_factory=Select)
 

@@ -12,6 +12,7 @@ import onnx_ir as ir
 from onnxcompress.autodiff.tensor import Tensor
 from onnxcompress.training import losses
 from onnxcompress.training.heads import Head
+from onnxcompress.training.readings import Reading, written
 from onnxcompress.training.step import Inputs, WriteLoss
 
 FeatureLoss = Literal["values", "cosine"]
@@ -50,12 +51,12 @@ class Objective:
         """The `alpha` that is used where there are labels and a teacher."""
         return ALPHA if self.alpha is None else self.alpha
 
-    def temperature_for(self, logits: np.ndarray, axis: int) -> float:
-        """The T that is used for a teacher's logits."""
+    def temperature_for(self, logits: np.ndarray, axis: int, kind: str = "classes") -> float:
+        """The T that is used for a teacher's logits of a kind; the spread of binary ones is about 0, which is even."""
         if self.temperature is not None:
             return self.temperature
         wide = logits.astype(np.float64)
-        spread = float(np.std(wide, axis=axis).mean()) if axis < logits.ndim else float(np.abs(wide).mean())
+        spread = float(np.std(wide, axis=axis).mean()) if kind == "classes" else float(np.abs(wide).mean())
         return min(max(TEMPERATURE, spread), HOTTEST)
 
 
@@ -68,6 +69,7 @@ class Target:
     teacher alone.
     `teacher`: logits of every sample, None: computed call by call, or no teacher (`soft` False). `along`: the axis of
     the model's own output along which samples lie; here, everywhere else, it is the first.
+    `reading`, `teacher_reading`: how student and teacher give what the loss takes as logits.
     """
 
     index: int
@@ -80,9 +82,16 @@ class Target:
     temperature: float
     teacher: np.ndarray | None = None
     along: int = 0
+    reading: Reading = "logits"
+    teacher_reading: Reading = "logits"
+
+    @property
+    def value(self) -> str:
+        """The name of the student's value that is read, in a model from `heads.laid_out`."""
+        return self.head.laid if self.reading == "logits" else self.head.scores
 
     def write(self, inputs: Inputs, z: Tensor, objective: Objective) -> Tensor:
-        """The loss, from the student's logits `z`."""
+        """The loss, from the student's `value`."""
         if self.along:
             z = z.transpose([self.along, *(axis for axis in range(len(self.shape)) if axis != self.along)])
         dims: list[int | str | None] = ["train/batch", *self.shape[1:]]
@@ -90,7 +99,7 @@ class Target:
             dims[1] = "train/positions"
         if z.shape is None and not self.is_feature:  # which axis is the classes', only the logits that were seen tell
             z.value.shape = ir.Shape(dims)
-        z = z.cast(ir.DataType.FLOAT)
+        z = written(z.cast(ir.DataType.FLOAT), self.reading)
         if self.axis >= len(self.shape):  # one number a sample
             z = z.unsqueeze(self.axis)
         if self.is_feature and z.shape is not None:  # as free as the student's own
@@ -137,7 +146,7 @@ class Target:
         if self.kind == "classes":
             return losses.cross_entropy(z, labels, counted, self.axis, objective.smoothing)
         if self.kind == "binary":
-            return losses.binary_cross_entropy(z, labels, counted, self.axis)
+            return losses.binary_cross_entropy(z, labels, counted, self.axis, objective.smoothing)
         distance = losses.cosine_distance if self.kind == "cosine" else losses.squared_error
         return distance(z, labels, counted, self.axis)
 
@@ -185,7 +194,7 @@ def write_all(targets: Sequence[Target], objective: Objective) -> WriteLoss:
     def write(inputs: Inputs, values: Mapping[str, Tensor]) -> Tensor:
         parts = []
         for target in targets:
-            part = target.write(inputs, values[target.head.logits], objective)
+            part = target.write(inputs, values[target.value], objective)
             parts.append(part * objective.feature_weight if target.is_feature else part)
         return inputs.b.sum(parts)
 

@@ -14,68 +14,79 @@ import onnx_ir as ir
 
 from onnxcompress.contract import Progress
 from onnxcompress.data.axes import batch_axes
+from onnxcompress.data.cast import is_float
 from onnxcompress.data.specs import input_specs
 from onnxcompress.errors import ModelError
+from onnxcompress.model import bridge
 from onnxcompress.model.taps import tap
 from onnxcompress.runtime.session import open_session
-from onnxcompress.training.heads import Head
+from onnxcompress.training.heads import Head, laid_out
+from onnxcompress.training.readings import Reading, as_logits
 from onnxcompress.training.samples import Samples
-from onnxcompress.validation.values import is_distribution
+from onnxcompress.training.wide import widen
 
 IN_MEMORY = 1 << 30
 CACHED = 16 << 30  # bytes of logits above which the teacher runs again in every step
-_LEAST_PROBABILITY = 1e-30
 
 
 class Teacher:
     """Logits of the heads `heads` of `model` for any feeds.
 
     Each call runs on one thread, and `threads` calls side by side where there are several to make: the last bit of
-    ONNX Runtime's results differs with its number of threads.
+    ONNX Runtime's results differs with its number of threads. `inputs`: an input of `model` -> what feeds call it,
+    where they call it something else. `readings`: output -> how its logits are read, "logits" where none is set.
     """
 
-    def __init__(self, model: ir.Model, heads: Sequence[Head], *, provider: str = "cpu", threads: int = 1) -> None:
-        names = {value.name for value in model.graph.outputs}
-        inner = [head.logits for head in heads if head.logits not in names]
-        self._at = {head.output: head.logits for head in heads}
-        if inner:
-            tapped = tap(model, inner)
-            if tapped.left:
-                raise ModelError(f"the teacher's logits cannot be read: {next(iter(tapped.left.values()))}")
-            model = tapped.model
-            self._at = {output: tapped.outputs.get(name, name) for output, name in self._at.items()}
-        self._heads = {head.output: head for head in heads}
-        self._session = open_session(model, provider=provider, threads=1)
-        self.threads = threads
-        self._wants = {port.name: port.dtype for port in self._session.inputs}
-        self._probabilities: dict[str, bool] = {}
+    def __init__(
+        self,
+        model: ir.Model,
+        heads: Sequence[Head],
+        *,
+        inputs: Mapping[str, str] | None = None,
+        provider: str = "cpu",
+        threads: int = 1,
+    ) -> None:
         self._samples_at = batch_axes(input_specs(model))
+        model = laid_out(_runnable(model), heads)
+        names = {value.name for value in model.graph.outputs}
+        values = dict.fromkeys(name for head in heads for name in (head.laid, head.scores))
+        tapped = tap(model, [name for name in values if name not in names])
+        if tapped.left:
+            raise ModelError(f"the teacher's logits cannot be read: {next(iter(tapped.left.values()))}")
+        self._given_as = {name: tapped.outputs.get(name, name) for name in values}
+        self._heads = {head.output: head for head in heads}
+        self._session = open_session(tapped.model, provider=provider, threads=1)
+        self.threads = threads
+        self.readings: dict[str, Reading] = {}
+        self._wants = {port.name: port.dtype for port in self._session.inputs}
+        self._fed_as = {name: (inputs or {}).get(name, name) for name in self._wants}
         self._along: dict[str, int] = {}
 
     def logits(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Output name -> logits, samples along the first axis; log p where the model hands out probabilities and
-        nothing is known behind them.
+        """Output name -> logits as they are read, float32, samples along the first axis."""
+        readings = {output: self.readings.get(output, "logits") for output in self._heads}
+        found = self._run(feeds, {o: h.laid if readings[o] == "logits" else h.scores for o, h in self._heads.items()})
+        return {output: as_logits(array, readings[output]) for output, array in found.items()}
 
-        softmax(log(p) / T) is the renormalized p^(1/T), so the soft targets are the same.
-        """
-        given = {name: _as(self._wants[name], array) for name, array in feeds.items() if name in self._wants}
-        found = self._session.run(given, list(self._at.values()))
+    def scores(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Output name -> the numbers that the model gives, float32, samples along the first axis."""
+        return self._run(feeds, {output: head.scores for output, head in self._heads.items()})
+
+    def _run(self, feeds: Mapping[str, np.ndarray], values: Mapping[str, str]) -> dict[str, np.ndarray]:
+        """`values`: by output."""
+        given = {n: _as(self._wants[n], feeds[source]) for n, source in self._fed_as.items() if source in feeds}
+        found = self._session.run(given, list(dict.fromkeys(self._given_as[name] for name in values.values())))
         count = next((given[name].shape[axis] for name, axis in self._samples_at.items() if name in given), 1)
-        return {output: self._as_logits(output, np.asarray(found[name]), count) for output, name in self._at.items()}
+        return {output: self._moved(output, found[self._given_as[name]], count) for output, name in values.items()}
+
+    def _moved(self, output: str, array: np.ndarray, count: int) -> np.ndarray:
+        array = np.asarray(array).astype(np.float32, copy=False)
+        at = self._along.setdefault(output, _axis_of(array.shape, count))
+        return np.moveaxis(array, at, 0) if at else array
 
     def along(self, output: str) -> int:
         """The axis of the model's own output along which samples lie; known after the first call, and then fixed."""
         return self._along.get(output, 0)
-
-    def _as_logits(self, output: str, array: np.ndarray, count: int) -> np.ndarray:
-        array = array.astype(np.float32, copy=False)
-        if output not in self._along:
-            self._along[output] = _axis_of(array.shape, count)
-        array = np.moveaxis(array, self._along[output], 0) if self._along[output] else array
-        if output not in self._probabilities:
-            plain = self._heads[output].kind == "values" and array.ndim >= 2 and array.shape[-1] > 1
-            self._probabilities[output] = plain and bool(is_distribution(array))
-        return np.log(np.maximum(array, _LEAST_PROBABILITY)) if self._probabilities[output] else array
 
     def close(self) -> None:
         """Release the session."""
@@ -90,14 +101,23 @@ class Teacher:
         self.close()
 
 
+def _runnable(model: ir.Model) -> ir.Model:
+    """`model`, in single precision where it has bfloat16, for which ONNX Runtime (1.32) lacks most kernels."""
+    if all(value.dtype != ir.DataType.BFLOAT16 for value in (*model.graph.inputs, *model.graph.initializers.values())):
+        return model
+    copy = bridge.clone(model)
+    widen(copy)
+    return copy
+
+
 def _axis_of(shape: tuple[int, ...], count: int) -> int:
     """The axis of `count` samples: the first where it may be."""
     return 0 if not shape or shape[0] == count or count not in shape else shape.index(count)
 
 
 def _as(wanted: np.dtype[Any] | None, array: np.ndarray) -> np.ndarray:
-    """A feed in the teacher's own floats, which a student in half precision does not share."""
-    floats = wanted is not None and wanted.kind == "f" and array.dtype.kind == "f"
+    """A feed in the teacher's own floats, bfloat16 among them, which a student may not share."""
+    floats = wanted is not None and is_float(wanted) and is_float(array.dtype)
     return array.astype(wanted, copy=False) if floats else array
 
 

@@ -20,7 +20,8 @@ _TYPES = ("to", "dtype", "output_dtype")  # attributes that name the type of an 
 def widen(model: ir.Model) -> bool:
     """Let everything of `model` that is float16 or bfloat16 be float32, in place; whether there was any.
 
-    Constants, encoded weights and inputs stay half and are cast where they are used; all else becomes float32.
+    Constants, encoded weights and inputs stay half and are cast where they are used; all else becomes float32. So do
+    bfloat16 inputs: ONNX Runtime (1.32) takes no such arrays from numpy.
     """
     names = Builder(model.graph, 0)
     found = False
@@ -38,6 +39,9 @@ def widen(model: ir.Model) -> bool:
         for value, anchor in sources:
             _cast(graph, names, value, anchor)
         found |= bool(sources)
+    for value in model.graph.inputs:
+        if value.dtype == ir.DataType.BFLOAT16:
+            value.type = ir.TensorType(ir.DataType.FLOAT)
     return found
 
 

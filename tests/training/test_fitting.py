@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
@@ -12,10 +13,10 @@ from onnxcompress.data.source import open_data
 from onnxcompress.data.specs import input_specs
 from onnxcompress.errors import DataError, ModelError, PassError
 from onnxcompress.model.load import load
-from onnxcompress.training import heads
+from onnxcompress.training import heads, matching
 from onnxcompress.training.distill import Settings, distill
 from tests.builders import floats, graph, info, model, node, tensors
-from tests.training.small import arrays, half, mlp, normalized, opened, tagger
+from tests.training.small import arrays, half, mlp, normalized, opened, sequences, tagger
 
 ONCE = Settings(epochs=1)
 
@@ -160,3 +161,96 @@ def test_classes_stored_as_floats_are_classes() -> None:
     assert done.losses == {"z": "1 x cross-entropy"}
     with pytest.raises(DataError, match="fit no output"):
         distill(None, student, opened(student, given | {"y": given["y"] + np.float32(0.5)}), settings=ONCE)
+
+
+def renamed(of: onnx.ModelProto, **names: str) -> onnx.ModelProto:
+    """The same model with inputs that are called otherwise."""
+    made = onnx.ModelProto()
+    made.CopyFrom(of)
+    for value in made.graph.input:
+        value.name = names[value.name]
+    for each in made.graph.node:
+        each.input[:] = [names.get(name, name) for name in each.input]
+    return made
+
+
+def test_inputs_of_other_names_pair_where_only_one_fits() -> None:
+    student, given = load(mlp()), {"x": arrays()["x"]}
+    teacher = load(renamed(mlp(), x="features"))
+    assert matching.inputs_of(teacher, input_specs(student)) == {"features": "x"}
+    done = distill(teacher, student, opened(student, given), settings=Settings(epochs=1, lr=1e-20))
+    assert done.epochs[0].loss == 0
+    wide = load(model(graph([node("MatMul", ["x", "w"], ["z"])], [info("x", ["n", 7])], [info("z", ["n", 4])],
+                            tensors(w=floats(7, 4)))))  # fmt: skip
+    with pytest.raises(ModelError, match=r"wants an input 'features' .* \(x\): .*--input STUDENT=features"):
+        matching.inputs_of(teacher, input_specs(wide))
+
+
+def test_inputs_of_one_type_pair_as_they_are_told() -> None:
+    student = load(tagger())
+    teacher = load(renamed(tagger(), input_ids="tokens", attention_mask="valid"))
+    with pytest.raises(
+        ModelError, match=r"wants an input 'tokens'.*name the one it is fed with, --input STUDENT=tokens"
+    ):
+        matching.inputs_of(teacher, input_specs(student))
+    told = ("input_ids=tokens", "attention_mask=valid")
+    assert matching.inputs_of(teacher, input_specs(student), told) == {"tokens": "input_ids", "valid": "attention_mask"}
+    assert matching.inputs_of(teacher, input_specs(student), told[:1])["valid"] == "attention_mask"
+    given, still = sequences(), Settings(epochs=1, lr=1e-20, inputs=told)
+    done = distill(teacher, student, opened(student, given), settings=still)
+    assert abs(done.epochs[0].loss) < 1e-6
+    for text, message in [("ids=tokens", "the student has no such input, only input_ids, attention_mask"),
+                          ("input_ids=ids", "the teacher has no such input, only tokens, valid")]:  # fmt: skip
+        with pytest.raises(ModelError, match=f"--input {text}: {message}"):
+            matching.inputs_of(teacher, input_specs(student), (text,))
+    with pytest.raises(PassError, match="--input input_ids=tokens: names a teacher's input, and there is no teacher"):
+        distill(None, student, opened(student, given | {"y": given["input_ids"] % 3}), settings=still)
+
+
+def free(classes: int) -> onnx.ModelProto:
+    """x [n, 6] -> z, whose second axis the file does not tell."""
+    nodes = [node("MatMul", ["x", "w"], ["z"])]
+    return model(graph(nodes, [info("x", ["n", 6])], [info("z", ["n", "c"])], tensors(w=floats(6, classes))))
+
+
+def test_a_free_axis_of_classes_is_compared_as_it_is() -> None:
+    student = load(free(4))
+    with pytest.raises(
+        ModelError, match=r"the student's output 'z' is \[n, 4\], the teacher's 'z' is \[n, 5\]: they do"
+    ):
+        distill(load(free(5)), student, opened(student, {"x": arrays()["x"]}), settings=ONCE)
+    done = distill(student, student, opened(student, {"x": arrays()["x"]}), settings=Settings(epochs=1, lr=1e-20))
+    assert done.epochs[0].loss == 0
+
+
+def brain(of: onnx.ModelProto) -> tuple[onnx.ModelProto, onnx.ModelProto]:
+    """A float32 model with weights rounded to bfloat16, and the same in bfloat16, inputs and outputs too."""
+    plain, short = onnx.ModelProto(), onnx.ModelProto()
+    plain.CopyFrom(of)
+    short.CopyFrom(of)
+    for wide, narrow in zip(plain.graph.initializer, short.graph.initializer, strict=True):
+        array = onnx.numpy_helper.to_array(wide).astype(ml_dtypes.bfloat16)
+        narrow.CopyFrom(onnx.numpy_helper.from_array(array, wide.name))
+        wide.CopyFrom(onnx.numpy_helper.from_array(array.astype(np.float32), wide.name))
+    for value in (*short.graph.input, *short.graph.output):
+        value.type.tensor_type.elem_type = onnx.TensorProto.BFLOAT16
+    return plain, short
+
+
+@pytest.mark.parametrize("narrow", ["student", "teacher", "both"])
+def test_one_of_both_may_be_in_bfloat16(narrow: str) -> None:
+    plain, short = brain(mlp())
+    teacher, student = plain if narrow == "student" else short, plain if narrow == "teacher" else short
+    of = load(student)
+    given = {"x": arrays()["x"].astype(ml_dtypes.bfloat16).astype(np.float32)}
+    done = distill(load(teacher), of, opened(of, given), settings=Settings(epochs=1, lr=1e-20))
+    assert done.epochs[0].loss < 1e-12
+
+
+def test_an_output_that_the_labels_pass_by_is_told() -> None:
+    student, y = load(forked("a", "b")), np.arange(64) % 4
+    data = opened(student, {"x": arrays(64)["x"], "y": y})
+    done = distill(None, student, data, settings=ONCE)
+    assert done.losses == {"a": "1 x cross-entropy", "b": "not learned, the labels are a's"}
+    done = distill(None, student, data, settings=Settings(epochs=1, outputs=("b", "a")))
+    assert done.losses == {"b": "1 x cross-entropy", "a": "not learned, the labels are b's"}
