@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import pathlib
 import tempfile
-from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
@@ -17,9 +16,6 @@ from onnx import helper, numpy_helper
 from onnxcompress import healing
 from onnxcompress.training.settings import Settings
 from onnxcompress.training.targets import Objective
-
-if TYPE_CHECKING:
-    import torch
 
 OPSET, IR_VERSION = 18, 10
 Arrays = dict[str, np.ndarray]
@@ -85,15 +81,6 @@ class Network:
         return name
 
 
-def seed(value: int) -> None:
-    """One seed, one thread, deterministic kernels: the same machine and versions give the same weights."""
-    import torch
-
-    torch.manual_seed(value)
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
-
-
 def digits(folder: pathlib.Path, name: str, shape: tuple[int, ...]) -> dict[str, Arrays]:
     """The parts as they lie in `folder`, made first where one is missing; images of `shape` under `name`."""
     parts = ("train", "calib", "eval")
@@ -146,55 +133,8 @@ def digits_split() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return {name: (images[i], labels[i]) for name, i in (("train", train), ("calib", calib), ("eval", evaluation))}
 
 
-def export(net: torch.nn.Module, feeds: dict[str, torch.Tensor], shapes: dict[str, dict[int, str]]) -> onnx.ModelProto:
-    """`net` as ONNX with one output `logits`; `shapes`: input name -> {axis: name of the dynamic dimension}.
-
-    Only constants are folded: the exporter's whole optimizer would also fold BatchNormalization into the convolutions.
-    """
-    import onnxscript
-    import torch
-
-    dynamic = {name: dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for name, axes in shapes.items()}
-    program = torch.onnx.export(
-        net.eval(), (), kwargs=feeds, dynamo=True, optimize=False, opset_version=OPSET, verbose=False,
-        input_names=list(feeds), output_names=["logits"], dynamic_shapes=dynamic,
-    )  # fmt: skip
-    for node in program.model.graph:
-        if node.op_type == "Transpose" and node.inputs[0].is_initializer():
-            # Folded just below: the weight keeps a name that says what it is.
-            node.outputs[0].name = f"{node.inputs[0].name}.T"
-    onnxscript.optimizer.fold_constants(program.model)
-    onnxscript.optimizer.remove_unused_nodes(program.model)
-    model = program.model_proto
-    drop_zero_biases(model.graph)
-    for value in model.graph.input:
-        for axis, name in shapes[value.name].items():
-            value.type.tensor_type.shape.dim[axis].dim_param = name
-    model.graph.output[0].type.tensor_type.shape.dim[0].dim_param = "batch"
-    return model
-
-
-def drop_zero_biases(graph: onnx.GraphProto) -> None:
-    """The exporter gives a convolution without bias one of zeros; take it out again."""
-    zeros = {t.name for t in graph.initializer if t.dims and not onnx.numpy_helper.to_array(t).any()}
-    for node in graph.node:
-        if node.op_type == "Conv" and node.input[2:] and node.input[2] in zeros:
-            del node.input[2]
-    used = {name for node in graph.node for name in node.input}
-    kept = [t for t in graph.initializer if t.name in used]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
-
-
 def save(model: onnx.ModelProto, path: pathlib.Path) -> None:
-    """Write `model` without the exporter's traces (metadata, doc strings, intermediate shapes), checked."""
-    for graph in [model.graph, *subgraphs(model.graph)]:
-        for owner in [graph, *graph.node, *graph.initializer, *graph.input, *graph.output]:
-            owner.ClearField("metadata_props")
-            owner.ClearField("doc_string")
-        graph.ClearField("value_info")
-    model.ClearField("metadata_props")
-    model.ClearField("doc_string")
+    """Write `model`, checked."""
     onnx.checker.check_model(model, full_check=True)
     path.write_bytes(model.SerializeToString(deterministic=True))
 

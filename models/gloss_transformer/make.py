@@ -6,7 +6,7 @@ of equal tokens are kept once, so none is in two splits. Metric: top-1 accuracy 
 the commonest kind every time: 0.15).
 Inputs `input_ids` and `attention_mask`, int64 [batch, sequence], sequence <= 32. Output `logits` float32 [batch, 25].
 
-`python -m models.gloss_transformer.make` trains on the .npz files beside it (about five minutes on one core); with
+`python -m models.gloss_transformer.make` trains on the .npz files beside it (about ten minutes on one core); with
 `--wordnet /usr/share/wordnet` it first makes those and vocabulary.txt again from data.noun (Debian: wordnet-base).
 """
 
@@ -18,11 +18,10 @@ import pathlib
 import re
 
 import numpy as np
-import torch
-from torch import nn
-from torch.nn import functional as F
+import onnx
 
 from models import common
+from onnxcompress.training.settings import Settings
 
 HERE = pathlib.Path(__file__).parent
 KINDS = [
@@ -32,7 +31,8 @@ KINDS = [
 ]  # fmt: skip
 WORDS, ENDINGS, LENGTH = 3600, 400, 32
 WIDTH, LAYERS, HEADS = 64, 3, 4
-EPOCHS, BATCH, RATE = 12, 128, 2e-3
+SETTINGS = Settings(epochs=12, batch=128, lr=2e-3, weight_decay=0.05, warmup=0.15, relative=False, ema=0.999)
+SMOOTHING = 0.1
 
 
 def glosses(wordnet: pathlib.Path) -> dict[str, int]:
@@ -76,82 +76,111 @@ def make_data(wordnet: pathlib.Path) -> None:
         np.savez_compressed(HERE / f"{name}.npz", input_ids=ids[part], attention_mask=mask[part], y=kinds[part])
 
 
-class Layer(nn.Module):
-    """Self-attention and a Gelu network, each with a residual and LayerNormalization behind it (as in BERT)."""
+class Network(common.Network):
+    """Token and position embeddings, three layers, the mean over the tokens that are not padding.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.query, self.key, self.value, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
-        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
-        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.drop = nn.Dropout(0.1)
+    `noise`: as it is trained, with Dropout and one word in ten unknown. Each method returns the name of its output.
+    """
 
-    def forward(self, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        batch, sequence = x.shape[:2]
-        q, k, v = (
-            layer(x).view(batch, sequence, HEADS, WIDTH // HEADS).transpose(1, 2)
-            for layer in (self.query, self.key, self.value)
+    def __init__(self, vocabulary: int, *, noise: bool) -> None:
+        axes: list[common.Dim] = ["batch", "sequence"]
+        ports = [(name, onnx.TensorProto.INT64, axes) for name in ("input_ids", "attention_mask")]
+        super().__init__("gloss_transformer", ports, len(KINDS))
+        self.noise = noise
+        self.one = self.constant("one", np.array(1, np.float32))
+        mask = self.add("Cast", ["attention_mask"], "mask", to=onnx.TensorProto.FLOAT)
+        x = self._drop(self._norm(self._embedding(vocabulary, mask), "norm"), 0.2)
+        bias = self._bias(mask)
+        for index in range(LAYERS):
+            x = self._layer(x, bias, f"layers.{index}")
+        x = self._drop(self._mean(x, mask), 0.2)
+        head = [self.weight("head.weight", len(KINDS), WIDTH), self.weight("head.bias", len(KINDS))]
+        self.add("Gemm", [x, *head], "logits", transB=1)
+
+    def _embedding(self, vocabulary: int, mask: str) -> str:
+        """What a token is plus what its position is."""
+        token = self.add("Gather", [self.weight("token.weight", vocabulary, WIDTH), self._words(mask)], "token")
+        second = self.add("Shape", ["input_ids"], "lengths", start=1, end=2)
+        numbers = [
+            self.constant("start", np.array(0, np.int64)),
+            self.add("Squeeze", [second], "length"),
+            self.constant("step", np.array(1, np.int64)),
+        ]
+        positions = self.add("Range", numbers, "positions")
+        position = self.add("Gather", [self.weight("position.weight", LENGTH, WIDTH), positions], "position")
+        return self.add("Add", [token, position], "embedding")
+
+    def _words(self, mask: str) -> str:
+        """The tokens; with noise, one in ten is [unk]."""
+        if not self.noise:
+            return "input_ids"
+        known = self.add("Cast", [self._drop(mask, 0.1)], "known", to=onnx.TensorProto.BOOL)
+        return self.add("Where", [known, "input_ids", self.constant("unknown", np.array(1, np.int64))], "words")
+
+    def _bias(self, mask: str) -> str:
+        """0 for a token, -1e4 for padding: what scores of attention are added to."""
+        rows = self.constant("heads_and_queries", np.array([1, 2], np.int64))
+        absent = self.add("Sub", [self.add("Unsqueeze", [mask, rows], "keys"), self.one], "absent")
+        return self.add("Mul", [absent, self.constant("far", np.array(1e4, np.float32))], "bias")
+
+    def _layer(self, x: str, bias: str, name: str) -> str:
+        """Self-attention and a Gelu network, each with a residual and LayerNormalization behind it (as in BERT)."""
+        y = self._drop(self._linear(self._attention(x, bias, name), f"{name}.out"), 0.1)
+        x = self._norm(self.add("Add", [x, y], f"{name}.residual1"), f"{name}.norm1")
+        y = self._gelu(self._linear(x, f"{name}.up", WIDTH, 4 * WIDTH))
+        y = self._drop(self._linear(y, f"{name}.down", 4 * WIDTH, WIDTH), 0.1)
+        return self._norm(self.add("Add", [x, y], f"{name}.residual2"), f"{name}.norm2")
+
+    def _attention(self, x: str, bias: str, name: str) -> str:
+        """softmax(q k^T / sqrt(width of a head) + bias) v for each head (Vaswani et al., 2017)."""
+        query = self._heads(self._linear(x, f"{name}.query"), [0, 2, 1, 3])
+        key = self._heads(self._linear(x, f"{name}.key"), [0, 2, 3, 1])
+        value = self._heads(self._linear(x, f"{name}.value"), [0, 2, 1, 3])
+        root = self.constant("root", np.array((WIDTH // HEADS) ** 0.5, np.float32))
+        scores = self.add("Div", [self.add("MatMul", [query, key], f"{name}.products"), root], f"{name}.scaled")
+        scores = self.add("Add", [scores, bias], f"{name}.scores")
+        weights = self.add("Softmax", [scores], f"{name}.attention", axis=-1)
+        mixed = self.add("MatMul", [weights, value], f"{name}.mixed")
+        mixed = self.add("Transpose", [mixed], f"{name}.tokens", perm=[0, 2, 1, 3])
+        joined = self.constant("joined", np.array([0, 0, WIDTH], np.int64))
+        return self.add("Reshape", [mixed, joined], f"{name}.joined")
+
+    def _heads(self, x: str, perm: list[int]) -> str:
+        """[batch, tokens, width] as [batch, tokens, heads, width of a head], its axes in the order `perm`."""
+        split = self.constant("split", np.array([0, 0, HEADS, WIDTH // HEADS], np.int64))
+        return self.add("Transpose", [self.add("Reshape", [x, split], f"{x}.split")], f"{x}.heads", perm=perm)
+
+    def _gelu(self, x: str) -> str:
+        """x (1 + erf(x / sqrt 2)) / 2, written out: Gelu is an operator from opset 20 on."""
+        root = self.constant("root_of_two", np.array(2**0.5, np.float32))
+        gate = self.add("Erf", [self.add("Div", [x, root], f"{x}.scaled")], f"{x}.erf")
+        gate = self.add("Add", [gate, self.one], f"{x}.shifted")
+        gate = self.add("Mul", [gate, self.constant("half", np.array(0.5, np.float32))], f"{x}.gate")
+        return self.add("Mul", [x, gate], f"{x}.gelu")
+
+    def _mean(self, x: str, mask: str) -> str:
+        """The mean over the tokens of a text."""
+        tokens, features = (
+            self.constant(name, np.array([axis], np.int64)) for axis, name in ((1, "tokens"), (2, "features"))
         )
-        scores = q @ k.transpose(2, 3) / (WIDTH // HEADS) ** 0.5 + bias
-        mixed = (scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, sequence, WIDTH)
-        x = self.norm1(x + self.drop(self.out(mixed)))
-        return self.norm2(x + self.drop(self.down(F.gelu(self.up(x)))))
+        real = self.add("Mul", [x, self.add("Unsqueeze", [mask, features], "real")], "real_tokens")
+        sums = self.add("ReduceSum", [real, tokens], "sums", keepdims=0)
+        return self.add("Div", [sums, self.add("ReduceSum", [mask, tokens], "counts", keepdims=1)], "mean")
 
+    def _linear(self, x: str, name: str, inputs: int = WIDTH, outputs: int = WIDTH) -> str:
+        product = self.add("MatMul", [x, self.weight(f"{name}.weight", inputs, outputs)], f"{name}.product")
+        return self.add("Add", [product, self.weight(f"{name}.bias", outputs)], name)
 
-class Net(nn.Module):
-    """Token and position embeddings, three layers, the mean over the tokens that are not padding."""
+    def _norm(self, x: str, name: str) -> str:
+        weights = [self.weight(f"{name}.{part}", WIDTH) for part in ("scale", "bias")]
+        return self.add("LayerNormalization", [x, *weights], name)
 
-    def __init__(self, vocabulary: int) -> None:
-        super().__init__()
-        self.token, self.position = nn.Embedding(vocabulary, WIDTH), nn.Embedding(LENGTH, WIDTH)
-        self.norm, self.drop = nn.LayerNorm(WIDTH), nn.Dropout(0.2)
-        self.layers = nn.ModuleList(Layer() for _ in range(LAYERS))
-        self.head = nn.Linear(WIDTH, len(KINDS))
-
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        mask = attention_mask.to(torch.float32)
-        bias = (mask.unsqueeze(1).unsqueeze(1) - 1) * 1e4
-        x = self.token(input_ids) + self.position(torch.arange(input_ids.shape[1], device=input_ids.device))
-        x = self.drop(self.norm(x))
-        for layer in self.layers:
-            x = layer(x, bias)
-        pooled = (x * mask.unsqueeze(2)).sum(1) / mask.sum(1, keepdim=True)
-        return self.head(self.drop(pooled))
-
-
-def batches(lengths: np.ndarray, generator: np.random.Generator) -> list[np.ndarray]:
-    """Random batches of similar length, so that little padding is computed."""
-    order = generator.permutation(len(lengths))
-    order = order[np.argsort(lengths[order] + generator.uniform(0, 2, len(lengths)), kind="stable")]
-    found = [order[i : i + BATCH] for i in range(0, len(order), BATCH)]
-    return [found[i] for i in generator.permutation(len(found))]
-
-
-def train(data: dict[str, np.ndarray], vocabulary: int) -> Net:
-    """AdamW, one-cycle rate, label smoothing, one word in ten replaced by [unk]."""
-    net = Net(vocabulary)
-    nn.init.normal_(net.token.weight, std=0.05)
-    nn.init.normal_(net.position.weight, std=0.05)
-    ids, mask = (torch.from_numpy(data[name].astype(np.int64)) for name in ("input_ids", "attention_mask"))
-    labels, lengths = torch.from_numpy(data["y"].astype(np.int64)), data["attention_mask"].sum(1)
-    generator = np.random.default_rng(0)
-    optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, EPOCHS * -(-len(ids) // BATCH), pct_start=0.15)
-    for epoch in range(EPOCHS):
-        total = 0.0
-        for pick in batches(lengths, generator):
-            width = int(lengths[pick].max())
-            x, seen = ids[pick, :width], mask[pick, :width]
-            x = torch.where((torch.rand(x.shape) < 0.1) & (seen > 0), 1, x)
-            loss = F.cross_entropy(net(x, seen), labels[pick], label_smoothing=0.1)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            total += loss.item() * len(pick)
-        print(f"epoch {epoch + 1}/{EPOCHS}: loss {total / len(ids):.4f}", flush=True)
-    return net
+    def _drop(self, x: str, ratio: float) -> str:
+        """Dropout, where there is noise; each draws from a seed of its own."""
+        if not self.noise:
+            return x
+        given = [self.constant(f"ratio_{ratio}", np.array(ratio, np.float32)), self.constant("on", np.array(True))]
+        return self.add("Dropout", [x, *given], f"{x}.dropped", seed=len(self.nodes))
 
 
 def main() -> None:
@@ -160,13 +189,10 @@ def main() -> None:
     wordnet = parser.parse_args().wordnet
     if wordnet:
         make_data(wordnet)
-    common.seed(0)
     data = {name: dict(np.load(HERE / f"{name}.npz")) for name in ("train", "eval")}
     vocabulary = len((HERE / "vocabulary.txt").read_text().splitlines())
-    net = train(data["train"], vocabulary)
-    feeds = {"input_ids": torch.ones(2, 7, dtype=torch.long), "attention_mask": torch.ones(2, 7, dtype=torch.long)}
-    model = common.export(net, feeds, {name: {0: "batch", 1: "sequence"} for name in feeds})
-    common.save(model, HERE / "model.onnx")
+    weights = common.train(Network(vocabulary, noise=True).to_onnx(), data["train"], SETTINGS, SMOOTHING)
+    common.save(Network(vocabulary, noise=False).to_onnx(weights), HERE / "model.onnx")
     common.card(HERE, data["eval"], licence="WordNet 3.0 noun glosses, WordNet licence", labels=KINDS)
 
 
