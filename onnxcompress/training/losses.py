@@ -85,10 +85,13 @@ def binary_cross_entropy(z: Tensor, target: Tensor, weight: Tensor, axis: int, s
 def binary_soft_targets(
     z: Tensor, t: Tensor, weight: Tensor, axis: int, temperature: float, squared: bool = True
 ) -> Tensor:
-    """The binary cross-entropy of sigmoid(z / T) against sigmoid(t / T), times T^2, less its least value."""
-    scaled, target = t / temperature, (t / temperature).map("Sigmoid")
-    least = mean(_sum(scaled.map("Softplus") - scaled * target, axis), weight)
-    loss = binary_cross_entropy(z / temperature, target, weight, axis) - least
+    """The binary cross-entropy of sigmoid(z / T) against sigmoid(t / T), times T^2, less its least value.
+
+    That is subtracted number by number: the rounding of a sum over many labels would be all that is left near it.
+    """
+    mine, theirs = z / temperature, t / temperature
+    apart = mine.map("Softplus") - theirs.map("Softplus") - theirs.map("Sigmoid") * (mine - theirs)
+    loss = mean(_sum(apart, axis), weight)
     return loss * (temperature * temperature) if squared else loss
 
 

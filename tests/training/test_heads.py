@@ -321,6 +321,12 @@ def test_a_binary_student_that_is_its_teacher_has_nothing_to_learn(name: str) ->
     assert abs(loss) < 1e-6
 
 
+def test_many_labels_leave_no_rounding() -> None:
+    student = headed([node("Mul", ["z", "steep"], ["m"]), node("Sigmoid", ["m"], ["y"])], ["n", 300], 300)
+    student.graph.initializer.append(onnx.numpy_helper.from_array(np.array(20, np.float32), "steep"))
+    assert started(student, {"x": X}, student)[0] == 0
+
+
 VALUES: dict[str, list[onnx.NodeProto]] = {
     "a layer": [node("Identity", ["z"], ["y"])],
     "no less than zero": [node("Relu", ["z"], ["y"])],
