@@ -60,6 +60,7 @@ TRAINING_MISTAKES: list[tuple[list[str], str]] = [
     ([*N, "--data", "misfit.npz"], "labels of shape [40, 3] (int64) fit no output: logits"),
     ([*N, "--data", "unlabelled.npz"], "training without a teacher needs labels"),
     (["distill", "m.onnx", C, "-o", "o.onnx", "--data", T], "the teacher wants an input 'x' that the student does not"),
+    ([*S, "--data", T, "--input", "nowhere=image"], "--input nowhere=image: the student has no such input, only image"),
     (["distill", "five.onnx", "m.onnx", "-o", "o.onnx", "--data", "x.npz"], "they do not fit"),
     (["distill", C, C, "-o", "o.onnx", "--data", T, "--output", "nowhere"], "has no such output, only logits"),
     (["distill", "trees.onnx", "trees.onnx", "-o", "o.onnx", "--data", "x.npz"], "nothing in it can be trained"),
