@@ -66,10 +66,19 @@ def _converted(model: ir.Model, opset: int) -> ir.Model:
             slot.put(large.pop(slot.name))
     if large:
         raise ValueError(f"{next(iter(large))} was lost")
+    _take_functions(copy, lifted)
     _forget_inferred(model, lifted)
     for key, entry in model.meta.items():
         lifted.meta[key] = entry
     return lifted
+
+
+def _take_functions(model: ir.Model, lifted: ir.Model) -> None:
+    """Give `lifted` the functions that expand encoded weights, which the converter drops with their domain."""
+    lifted.functions.update(model.functions)
+    for domain, version in model.opset_imports.items():
+        lifted.opset_imports.setdefault(domain, version)
+    functions.refresh(lifted)
 
 
 def _forget_inferred(model: ir.Model, lifted: ir.Model) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from onnxcompress.encodings import Affine, Masked, Sparse, recognize
+from onnxcompress.encodings import Affine, Dense, Masked, Sparse, recognize
 from onnxcompress.encodings.affine import stand_out
 from onnxcompress.model import provenance
 from onnxcompress.model.roles import WEIGHT_ROLES
@@ -20,9 +20,9 @@ class Pruned:
     """Whether a weight of `model`, or of a copy of it, was pruned; all its zeros are structure then.
 
     1. A sparse weight was, and any of which the file says so.
-    2. A float weight was where this project wrote the model, where `reference` (what the model was made from) has other
-       values than its zeros, or where at least 20 % are zero. A layer may have some zeros for other reasons: the row of
-       a padding token, values that underflowed.
+    2. A float weight was where `reference` (what the model was made from) has other values than its zeros, where at
+       least 20 % are zero, or 1 % and this project wrote the model. A layer may have some zeros for other reasons: the
+       row of a padding token, values that underflowed.
     3. A weight in integers was where its zeros stand out (`Affine.shows_zeros`), or those do that `reference` does not
        explain: it has values there that round to other levels. Training, too, moves elements to zero, but no more of
        them than to the levels beside.
@@ -44,13 +44,14 @@ class Pruned:
             return False
         if isinstance(found, Affine):
             return found.shows_zeros() or self._has_lost(weight, found)
-        return isinstance(found, Masked) and self._has_zeros_of_pruning(weight, found)
+        return isinstance(found, Dense | Masked) and self._has_zeros_of_pruning(weight, found)
 
-    def _has_zeros_of_pruning(self, weight: Weight, found: Masked) -> bool:
-        if self._ours or 1 - np.count_nonzero(found.values) / found.values.size >= SHARE:
+    def _has_zeros_of_pruning(self, weight: Weight, found: Dense | Masked) -> bool:
+        zero = found.decode() == 0
+        if isinstance(found, Masked) and (self._ours or float(np.mean(zero)) >= SHARE):
             return True
-        before = self._before(weight)
-        return before is not None and before.shape == found.shape and bool(np.any(before[found.values == 0]))
+        before = self._before(weight) if zero.any() else None
+        return before is not None and before.shape == found.shape and bool(np.any(before[zero]))
 
     def _has_lost(self, weight: Weight, found: Affine) -> bool:
         """Whether zeros stand out among the elements that are not the reference's, rounded."""

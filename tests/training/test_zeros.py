@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import onnx_ir as ir
 import pytest
 
-from onnxcompress.encodings import Affine, Masked, Sparse
+from onnxcompress.encodings import Affine, Codebook, Dense, Masked, Sparse
 from onnxcompress.encodings.base import Encoding
 from onnxcompress.model import bridge, provenance
 from onnxcompress.model.load import load
@@ -58,6 +60,9 @@ def test_few_zeros_are_kept_where_they_are_known_to_be_pruned() -> None:
     assert still_zero(of, "auto", reference=of)[0] == 0  # it had them before
     noted = student(Masked(zeroed(0.005)))  # too few to be read off, so the tensor says it
     assert still_zero(noted, "auto")[0] == 1
+    lost = student(Dense(zeroed(0.005)))  # as a rewrite of the graph leaves it
+    assert still_zero(lost, "auto")[0] < 1
+    assert still_zero(lost, "auto", reference=load(mlp()))[0] == 1
     provenance.write(of, provenance.Provenance(parent="0" * 64, recipe="magnitude-pruning"))
     assert still_zero(of, "auto")[0] == 1
 
@@ -96,6 +101,24 @@ def test_few_zeros_among_integers_are_kept_where_the_file_says_so_and_it_goes_on
     assert found < 1
     assert isinstance(encoding, Affine)
     assert not encoding.masked
+
+
+@pytest.mark.parametrize("stored", ["sparse", "codebook", "folded"])
+def test_zeros_of_stored_forms_stay_where_training_needs_a_newer_opset(stored: str) -> None:
+    proto = mlp()
+    proto.opset_import[0].version = 11
+    of, array = load(proto), zeroed(0.5)
+    codes, table = np.where(array == 0, 0, np.where(array < 0, 1, 2)), np.array([0, -0.4, 0.4, 0], np.float32)
+    forms: dict[str, Encoding] = {
+        "sparse": Sparse.pack(array),
+        "codebook": Codebook(codes.astype(np.uint8), table),
+        "folded": dataclasses.replace(integers(0.5), form="folded"),
+    }
+    first(of).replace(forms[stored])
+    found, encoding = still_zero(of, "auto")
+    assert found == 1
+    assert type(encoding) is type(forms[stored])
+    assert np.any(encoding.decode() != first(of).array())
 
 
 def test_zeros_that_stood_out_are_known_when_training_has_brought_others_beside_them() -> None:
