@@ -180,9 +180,8 @@ class Tensor:
             return self
         if other.shape is not None and sum(not isinstance(d, int) for d in other.shape) <= 1 and 0 not in other.shape:
             sizes = self.b.constant(np.array([d if isinstance(d, int) else -1 for d in other.shape], np.int64))
-        else:
-            sizes = other.sizes()
-        return self.b.op("Reshape", self, sizes, shape=other.shape)
+            return self.b.op("Reshape", self, sizes, shape=other.shape)
+        return self.b.op("Reshape", self, other.sizes(), shape=other.shape, allowzero=1)
 
     def expand_like(self, other: Tensor) -> Tensor:
         """Broadcast to the shape of `other`."""
@@ -286,7 +285,7 @@ class Tensor:
             padded = b.op("Concat", b.op("Expand", b.ints([1]), missing), its, axis=0)
         axes = b.op("Squeeze", b.op("NonZero", ~mine.equals(padded)), b.ints([0]))
         summed = b.op("ReduceSum", self, axes, keepdims=1, noop_with_empty_axes=1)
-        return b.op("Reshape", summed, its, shape=like.shape)
+        return b.op("Reshape", summed, its, shape=like.shape, allowzero=1)
 
 
 def product(b: Builder, sizes: Sequence[Size]) -> Tensor:
