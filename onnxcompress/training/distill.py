@@ -22,6 +22,7 @@ from onnxcompress.training.feeding import Feeder
 from onnxcompress.training.gradual import Gradual, restated, rise
 from onnxcompress.training.heads import Head
 from onnxcompress.training.loop import Loop, Plan, is_better
+from onnxcompress.training.order import Order
 from onnxcompress.training.result import Trained, told, write
 from onnxcompress.training.runner import Runner
 from onnxcompress.training.schedules import Schedule
@@ -101,7 +102,7 @@ def distill(
         chosen = feeding.cached(chosen, pairs, guide, all_samples, size or batch, conditions)
         feeder = Feeder(chosen, {s.output: t.output for s, t in pairs}, guide, all_samples)
         whole = bool(graph.running) or conditions.provider != "cpu"  # statistics of a batch are of all of it
-        order = samples.Order(all_samples.count, batch, settings.seed)
+        order = Order(all_samples.count, batch, settings.seed, all_samples.lengths)
         plan = Plan(
             settings.epochs_of(all_samples.count / batch),
             size or (batch if whole else samples.call_size(batch)),

@@ -17,8 +17,8 @@ from onnxcompress.training.average import Average
 from onnxcompress.training.checkpoint import Checkpoint, Checkpoints, Epoch
 from onnxcompress.training.culprit import first_not_finite
 from onnxcompress.training.gradual import Gradual
+from onnxcompress.training.order import Order, split
 from onnxcompress.training.runner import Runner
-from onnxcompress.training.samples import Order, split
 from onnxcompress.training.schedules import Schedule
 from onnxcompress.training.step import TrainingGraph
 

@@ -1,4 +1,4 @@
-"""Training samples with random access, and the order they are trained on."""
+"""Training samples with random access."""
 
 from __future__ import annotations
 
@@ -45,6 +45,15 @@ class Samples:
         """
         fitted, valid = sequences.fit(self.rows(indices), self.groups, None, True)
         return fitted, None if valid is None else next(iter(valid.values()))
+
+    @property
+    def lengths(self) -> np.ndarray | None:
+        """int64 [count]: the positions of each sample up to its last real one; None where calls leave none out."""
+        for group in self.groups:
+            if group.length is None and len(group.members) > 1 and group.mask in self.feeds:
+                real = np.asarray(self.feeds[group.mask]) != 0
+                return np.where(real.any(1), real.shape[1] - real[:, ::-1].argmax(1), 0)
+        return None
 
 
 def _wide(array: np.ndarray) -> np.ndarray:
@@ -176,39 +185,3 @@ def call_size(batch: int) -> int:
     """
     most = 4 if batch >= 64 else 2 if batch >= 16 else 1
     return batch // max(parts for parts in (1, 2, 4) if parts <= most and batch % parts == 0)
-
-
-class Order:
-    """Which samples each update takes: `batch` of `count`, in an order that follows from the seed alone.
-
-    An epoch is a permutation of the samples, drawn from the seed and its number. The epochs follow each other and are
-    cut into batches of one size: a rest that fills none begins the next epoch's first, so that no sample is passed over
-    more than another, and every call keeps its shape.
-    """
-
-    def __init__(self, count: int, batch: int, seed: int) -> None:
-        self.count, self.batch, self._seed = count, min(batch, count), seed
-        self._drawn: dict[int, np.ndarray] = {}
-
-    def updates(self, epochs: int) -> int:
-        """How many updates so many epochs, from the first, have room for."""
-        return epochs * self.count // self.batch
-
-    def samples(self, update: int) -> np.ndarray:
-        """The samples of update `update`, int64 [batch]."""
-        epoch, at = divmod(update * self.batch, self.count)
-        found = self._epoch(epoch)[at : at + self.batch]
-        missing = self.batch - len(found)
-        return np.concatenate([found, self._epoch(epoch + 1)[:missing]]) if missing else found
-
-    def _epoch(self, epoch: int) -> np.ndarray:
-        if epoch not in self._drawn:
-            drawn = np.random.default_rng([self._seed, epoch]).permutation(self.count)
-            self._drawn = {number: order for number, order in self._drawn.items() if number == epoch - 1}
-            self._drawn[epoch] = drawn
-        return self._drawn[epoch]
-
-
-def split(chosen: np.ndarray, size: int) -> list[np.ndarray]:
-    """The samples of one update in calls of at most `size`."""
-    return [chosen[at : at + size] for at in range(0, len(chosen), size)]

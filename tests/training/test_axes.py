@@ -14,6 +14,7 @@ from onnxcompress.errors import DataError
 from onnxcompress.model.load import load
 from onnxcompress.training import samples
 from onnxcompress.training.distill import Settings, Trained, distill
+from onnxcompress.training.order import Order
 from tests.builders import floats, graph, info, model, node, tensors
 from tests.training.small import opened
 
@@ -125,7 +126,7 @@ def test_the_samples_of_several_inputs_stay_together() -> None:
     state = np.broadcast_to(numbers[:, None, None, None], (COUNT, 2, 1, 4)).astype(np.float32)
     source = {"x": x, "state": state, "rate": np.full(COUNT, 3, np.float32), "y": numbers}
     found = samples.collect(opened(of, source))
-    chosen = samples.Order(COUNT, 8, seed=5).samples(2)
+    chosen = Order(COUNT, 8, seed=5).samples(2)
     assert not np.array_equal(chosen, np.sort(chosen))
     feeds, _ = found.call(chosen)
     assert {name: array.shape for name, array in feeds.items()} == {"x": (8, 6), "state": (2, 8, 4), "rate": ()}

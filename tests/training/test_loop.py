@@ -18,7 +18,7 @@ from onnxcompress.model.load import load
 from onnxcompress.training import loop
 from onnxcompress.training.checkpoint import Checkpoint, Checkpoints, Epoch
 from onnxcompress.training.distill import Conditions, Evaluation, Settings, Trained, distill
-from onnxcompress.training.samples import Order
+from onnxcompress.training.order import Order
 from onnxcompress.training.settings import identity
 from onnxcompress.training.targets import Objective
 from tests.builders import floats, graph, info, model, node, tensors
@@ -41,24 +41,6 @@ def scored(*scores: float, before: float | None = None, higher: bool = True) -> 
 
 def without_seconds(epochs: list[Epoch]) -> list[Epoch]:
     return [dataclasses.replace(epoch, seconds=0.0) for epoch in epochs]
-
-
-# The order --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("count", "batch"), [(40, 32), (32, 32), (7, 3), (5, 4), (3, 8)])
-def test_no_sample_is_passed_over_more_than_another(count: int, batch: int) -> None:
-    order = Order(count, batch, seed=3)
-    epochs = order.batch
-    updates = [order.samples(update) for update in range(order.updates(epochs))]
-    assert {len(chosen) for chosen in updates} == {min(batch, count)}
-    assert np.bincount(np.concatenate(updates)).tolist() == [epochs] * count
-    assert [order.updates(n + 1) - order.updates(n) >= 1 for n in range(epochs)] == [True] * epochs
-    again = Order(count, batch, seed=3)
-    for update in reversed(range(len(updates))):  # a resumed training begins anywhere
-        np.testing.assert_array_equal(again.samples(update), updates[update])
-    other = Order(count, batch, seed=4)
-    assert any(not np.array_equal(other.samples(update), chosen) for update, chosen in enumerate(updates))
 
 
 def test_a_set_smaller_than_a_batch_is_one_batch() -> None:
