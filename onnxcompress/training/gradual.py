@@ -15,8 +15,8 @@ import numpy as np
 from onnxcompress.encodings import Affine, Codebook, Masked
 from onnxcompress.encodings.base import Encoding
 from onnxcompress.errors import PassError
-from onnxcompress.model.roles import WEIGHT_ROLES
 from onnxcompress.model.weights import Weight
+from onnxcompress.training.parameters import is_prunable
 from onnxcompress.training.step import TrainingGraph
 
 UPDATES = 50  # changes of the masks on the way
@@ -55,8 +55,7 @@ def restated(encode: Callable[[Weight], Encoding]) -> Callable[[Weight], Encodin
 
     def masked(weight: Weight) -> Encoding:
         found = encode(weight)
-        prunable = weight.role in WEIGHT_ROLES and weight.role != "embedding" and len(weight.shape) > 1
-        if not prunable or isinstance(found, Codebook):
+        if not is_prunable(weight) or isinstance(found, Codebook):
             return found
         return dataclasses.replace(found, masked=True) if isinstance(found, Affine) else Masked(found.decode())
 
@@ -71,7 +70,7 @@ class Gradual:
         self.masks = {
             name: np.array(graph.buffers[name])
             for leaf in graph.leaves
-            if leaf.is_weight and (name := leaf.mask) in graph.buffers
+            if leaf.prunable and (name := leaf.mask) in graph.buffers
         }
         if not self.masks:
             raise PassError("gradual pruning: no layer's weight that is trained is stored in a way that it can prune")

@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from onnxcompress.encodings.base import Encoding, Tape
 from onnxcompress.errors import PassError
+from onnxcompress.model.roles import WEIGHT_ROLES
 from onnxcompress.model.weights import Weight, weights
 from onnxcompress.training import integers, scales
 from onnxcompress.training.learned import Learned
@@ -27,7 +28,7 @@ class Parameter:
 
     `decay`: whether weight decay is for it. `layer`: whether it is a layer's weight, not a bias, norm or scale.
     `gradient`: what its gradient is multiplied by (`scales.gradient_scale`). `levels`: how much smaller its steps are
-    because it moves between levels (`levels.step_factor`).
+    because it moves between levels (`levels.step_factor`). `prunable`: whether gradual pruning takes elements of it.
     """
 
     key: str
@@ -38,6 +39,7 @@ class Parameter:
     layer: bool
     gradient: float = 1.0
     levels: float = 1.0
+    prunable: bool = False
 
     @property
     def name(self) -> str:
@@ -85,6 +87,7 @@ class _InTraining(Encoding):
     key: str
     layer: bool
     wide: bool  # every consumer casts it anyway, so half precision need not be restored
+    prunable: bool
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -111,7 +114,9 @@ class _InTraining(Encoding):
                 continue
             decay, layer = self.layer and part in _VALUES, self.layer and part != "scale"
             between = step_factor(self.inner) if layer else 1.0
-            parameter = Parameter(self.key, part, parameters[part], array, decay, layer, factor or 1.0, between)
+            prunable = self.prunable and part in _VALUES
+            value, gradient = parameters[part], factor or 1.0
+            parameter = Parameter(self.key, part, value, array, decay, layer, gradient, between, prunable)
             self.exposed.parameters.append(parameter)
             if part == "scale":
                 parameters[part] = tape.op("Abs", [parameters[part]], f"{name}.scale.positive")
@@ -168,10 +173,15 @@ def expose(
         layer = learned.is_layer(weight)
         wide = inner.dtype.name in _HALF and all(use.node.op_type == "Cast" for use in weight.value.uses())
         try:
-            weight.replace(_InTraining(inner, exposed, weight.key, layer, wide))
+            weight.replace(_InTraining(inner, exposed, weight.key, layer, wide, is_prunable(weight)))
         except PassError as error:
             exposed.left[weight.key] = str(error)
     return exposed
+
+
+def is_prunable(weight: Weight) -> bool:
+    """Whether gradual pruning takes elements of `weight`: of a layer's, but no embedding's."""
+    return weight.role in WEIGHT_ROLES and weight.role != "embedding" and len(weight.shape) > 1
 
 
 def _input(name: str, array: np.ndarray) -> ir.Value:

@@ -19,7 +19,7 @@ from onnxcompress.passes.dynamic_quantization import DynamicQuantization
 from onnxcompress.training import loop
 from onnxcompress.training.distill import Conditions, Evaluation, Settings, Trained, distill, write
 from onnxcompress.training.gradual import Gradual, Rise, rise
-from tests.training.small import arrays, mlp, opened, outputs
+from tests.training.small import arrays, mlp, opened, outputs, tagger
 
 SETTINGS = Settings(epochs=6, batch=16, sparsity=0.8, sparsity_until=0.5)
 
@@ -142,6 +142,23 @@ def test_nothing_to_prune_is_said() -> None:
 def test_settings_that_no_training_can_have(given: dict[str, Any], message: str) -> None:
     with pytest.raises(PassError, match=message):
         Settings(**given)
+
+
+def test_embeddings_stay_as_they_are() -> None:
+    student = load(tagger())
+    table = next(weight for weight in weights(student) if weight.role == "embedding")
+    table.replace(Masked(np.where(np.abs(table.array()) > 0.5, table.array(), np.float32(0))))
+    ids = np.random.default_rng(2).integers(0, 11, (64, 5))
+    data = opened(student, {"input_ids": ids, "attention_mask": np.ones_like(ids)})
+    done = distill(load(tagger()), student, data, settings=SETTINGS)
+    new = bridge.clone(student)
+    write(new, done.parameters)
+    for weight in weights(new):
+        if weight.role == "matmul":
+            assert np.mean(weight.array() == 0) == pytest.approx(0.8, abs=0.03)
+        elif weight.role == "embedding":
+            np.testing.assert_array_equal(weight.array() == 0, table.array() == 0)
+            assert np.any(weight.array() != table.array())
 
 
 @pytest.mark.parametrize("stored", ["integers", "integer product", "sparse"])
