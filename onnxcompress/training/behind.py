@@ -19,6 +19,7 @@ _NEARLY = {*_EQUAL, "QuantizeLinear", "DequantizeLinear"}
 _MOVING = {"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Slice", "Gather"}
 _LAYER = re.compile(r"Gemm|MatMul|Conv|^QLinearAdd$|Normalization$")
 _ARITHMETIC = {"Add", "Sub", "Sum", "Mul", "Div"}  # of a bias, a residual, a scale
+_OF_INTEGERS: dict[str, Kind] = {"QLinearSoftmax": "classes", "QLinearSigmoid": "binary"}
 _FAR = 6  # of these, at most
 
 
@@ -29,7 +30,7 @@ class Behind:
     `kind`: what its head makes it. `scores`: its numbers, the output itself or what ArgMax and ZipMap take. `logits`:
     what the head takes, `scores` where there is none. `moves`: the nodes that then move elements, in their order.
     `axis`: of the classes in `scores`, None where nothing says or elements were moved. `is_linear`: its numbers are a
-    layer's, and no probabilities.
+    layer's, and no probabilities. `is_opaque`: the head takes integers, and all there is to read are its probabilities.
     """
 
     kind: Kind
@@ -38,6 +39,7 @@ class Behind:
     moves: tuple[ir.Node, ...] = ()
     axis: int | None = None
     is_linear: bool = False
+    is_opaque: bool = False
 
 
 def behind(output: ir.Value, opset: int) -> Behind:
@@ -50,6 +52,8 @@ def behind(output: ir.Value, opset: int) -> Behind:
         if head is not None:
             kind, logits = head
             axis = label_axis if label_axis is not None or moves else _axis(node, opset)
+            if logits is None:
+                return Behind(kind, scores, scores, (), axis, is_opaque=True)
             return Behind(kind, scores, logits, tuple(reversed(moves)), axis)
         if node.op_type in _MOVING:
             moves.append(node)
@@ -74,8 +78,10 @@ def _scores(output: ir.Value) -> tuple[ir.Value, int | None]:
     return output, None
 
 
-def _head(node: ir.Node) -> tuple[Kind, ir.Value] | None:
-    """What `node` makes of which logits, if it is a head."""
+def _head(node: ir.Node) -> tuple[Kind, ir.Value | None] | None:
+    """What `node` makes of which logits, if it is a head; None of integers."""
+    if node.op_type in _OF_INTEGERS:
+        return _OF_INTEGERS[node.op_type], None
     if node.op_type in ("Softmax", "LogSoftmax"):
         return "classes", _first(node)
     if node.op_type == "Sigmoid":

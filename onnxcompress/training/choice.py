@@ -46,6 +46,23 @@ class Side:
         found = self.look.shares or self.look.logs
         return None if not found or head.kind == "binary" else _usual(rank) if _usual(rank) in found else found[0]
 
+    def gives_shares(self, other: Side, axis: int) -> bool:
+        """Whether numbers of unknown origin are probabilities of classes: what adds up to 1, or may (rounded to
+        integers it does not) while the other model's does."""
+        alike = other.head.kind == "classes" or axis in other.look.shares
+        return axis in self.look.shares or (alike and self._may_be_probabilities)
+
+    def gives_chances(self, other: Side) -> bool:
+        """Whether numbers of unknown origin are probabilities one by one: what may be, where the other model's may be,
+        too, or is behind a Sigmoid, or surely logits."""
+        return self._may_be_probabilities and (
+            other.head.kind == "binary" or other.head.is_linear or other.look.is_unit
+        )
+
+    @property
+    def _may_be_probabilities(self) -> bool:
+        return self.look.is_unit and not self.head.is_linear
+
 
 @dataclasses.dataclass(frozen=True)
 class Output:
@@ -97,25 +114,14 @@ class Output:
     def reading(self, kind: str, axis: int, *, of_student: bool) -> Reading:
         """Which values of one of the two a loss of `kind` takes."""
         mine, other = (self.student, self.teacher) if of_student else (self.teacher, self.student)
-        found = mine.head.kind
+        found, opaque = mine.head.kind, mine.head.is_opaque
         if kind == "classes":
-            if found == "values" and (axis in mine.look.shares or _stands_for(mine, other, "classes", axis)):
-                return "log"
-        elif kind == "binary":
-            if (found == "classes" and mine.class_axis is None) or _stands_for(mine, other, "binary", axis):
-                return "logit"
-        elif found in ("classes", "binary") and (found != other.head.kind or self.told[0] == "values"):
-            return "output"
-        return "logits"
-
-
-def _stands_for(mine: Side, other: Side, kind: Kind, axis: int) -> bool:
-    """Whether numbers from 0 to 1 of unknown origin are probabilities: no layer's, while the other model gives some."""
-    if mine.head.kind != "values" or mine.head.is_linear or not mine.look.is_unit:
-        return False
-    if kind == "classes":
-        return other.head.kind == "classes" or axis in other.look.shares
-    return other.head.kind == "binary" or other.look.is_unit
+            return "log" if opaque or (found == "values" and mine.gives_shares(other, axis)) else "logits"
+        if kind == "binary":
+            is_one_class = found == "classes" and mine.class_axis is None
+            return "logit" if opaque or is_one_class or (found == "values" and mine.gives_chances(other)) else "logits"
+        alike = found == other.head.kind and not opaque and not other.head.is_opaque
+        return "logits" if found in ("values", "feature") or (alike and self.told[0] != "values") else "output"
 
 
 def choose(
@@ -145,8 +151,8 @@ def choose(
         axis = 1 if len(output.shape) > 3 or len(output.shape) == 1 else len(output.shape) - 1
         made = chosen.get(output.name, _Decided(objective.feature_loss, axis))
         mine, theirs = (output.reading(made.kind, made.axis, of_student=it) for it in (True, False))
-        temperature = 1.0
-        if not output.is_feature:
+        temperature = objective.temperature or 1.0
+        if soft and objective.temperature is None and made.kind in ("classes", "binary"):
             temperature = objective.temperature_for(logits(output, theirs), made.axis, made.kind)
         found.append(
             Target(

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from onnxcompress.data.sizes import STATE
 from onnxcompress.errors import ModelError
 from onnxcompress.model import bridge
+from onnxcompress.model.shapes import shapes
 from onnxcompress.training.behind import Kind, behind
 
 _FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
@@ -25,7 +26,7 @@ class Head:
     cache of keys and values, a recurrent state), and is learned only where it is asked for by name.
     `scores`: the value with the output's numbers, which is not the output where that is a label or a map of classes.
     `moves`: values between logits and scores, the results of operators that only move elements. `is_linear`: the
-    numbers come from a layer, and are no probabilities.
+    numbers come from a layer, and are no probabilities. `is_opaque`: they are probabilities, with no logits to read.
     """
 
     output: str
@@ -36,6 +37,7 @@ class Head:
     scores: str = ""
     moves: tuple[str, ...] = ()
     is_linear: bool = False
+    is_opaque: bool = False
 
     @property
     def laid(self) -> str:
@@ -66,6 +68,7 @@ def _of(output: ir.Value, opset: int) -> Head | None:
         scores=seen.scores.name or "",
         moves=tuple(node.outputs[0].name or "" for node in seen.moves),
         is_linear=seen.is_linear,
+        is_opaque=seen.is_opaque,
     )
 
 
@@ -74,23 +77,25 @@ def laid_out(model: ir.Model, found: Sequence[Head]) -> ir.Model:
     `model` itself where none are moved."""
     if not any(head.moves for head in found):
         return model
-    copy = bridge.clone(model)
+    copy, known = bridge.clone(model), shapes(model)
     made = {value.name: value for node in copy.graph for value in node.outputs}
     made |= {value.name: value for value in copy.graph.inputs}
     for head in found:
-        value = made.get(head.logits)
+        value, info = made.get(head.logits), known.get(head.logits)
+        if value is None or not head.moves:
+            continue
+        if value.type is None and info is not None and info.dtype is not None:
+            value.type = ir.TensorType(info.dtype)  # an output has to have one
         for name in head.moves:
             value = _moved(value, made[name])
-        if value is not None and head.moves:
-            value.name = head.laid
-            copy.graph.outputs.append(value)
+        value.name = head.laid
+        copy.graph.outputs.append(value)
     return copy
 
 
-def _moved(value: ir.Value | None, like: ir.Value) -> ir.Value:
+def _moved(value: ir.Value, like: ir.Value) -> ir.Value:
     """`value` through the operator that gives `like`."""
     before = like.producer()
-    assert value is not None
     assert before is not None
     attributes = list(before.attributes.values())
     node = ir.Node(before.domain, before.op_type, [value, *before.inputs[1:]], attributes, num_outputs=1)

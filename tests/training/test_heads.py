@@ -6,6 +6,7 @@ Expected values are computed with numpy in float64 from the logits in front of t
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import onnx
@@ -28,6 +29,8 @@ CONSTANTS: dict[str, np.ndarray] = {
     "one": np.array(1, np.float32),
     "step": np.array(1 / 255, np.float32),  # of probabilities in 8 bits
     "point": np.array(0, np.uint8),
+    "coarse": np.array(0.05, np.float32),
+    "middle": np.array(128, np.uint8),
     "start": np.array(0, np.int64),
     "first": np.array([0], np.int64),
     "second": np.array([1], np.int64),
@@ -60,9 +63,9 @@ def headed(
     body = graph(
         [node("Gemm", ["x", "w", "b"], ["z"], name="layer"), *nodes], [info("x", ["n", 6])], [info(name, shape)], given
     )
-    uses = any(each.domain == "test" for each in nodes)
-    functions = [function("Divide", ["a", "b"], ["c"], inside)] if uses else []
-    return model(body, opset, functions=functions, domains={"test": 1} if uses else None)
+    domains = {each.domain for each in nodes if each.domain}
+    functions = [function("Divide", ["a", "b"], ["c"], inside)] if "test" in domains else []
+    return model(body, opset, functions=functions, domains=dict.fromkeys(domains, 1))
 
 
 def written_out(*, shifted: bool, divide: str = "Div") -> list[onnx.NodeProto]:
@@ -261,6 +264,37 @@ def test_probabilities_in_8_bits_are_seen_through(moved: bool) -> None:
     assert loss == pytest.approx(-np.log(softmax(logits(student, X)))[np.arange(COUNT), y].mean(), rel=1e-5)
 
 
+def of_integers(kind: str, shape: list[int | str], width: int, **attributes: Any) -> onnx.ModelProto:
+    """The head as ONNX Runtime's quantizer writes it in integer operators."""
+    nodes = [
+        node("QuantizeLinear", ["z", "coarse", "middle"], ["q"]),
+        node(kind, ["q", "coarse", "middle", "step", "point"], ["h"], domain="com.microsoft", **attributes),
+        node("DequantizeLinear", ["h", "step", "point"], ["y"]),
+    ]
+    return headed(nodes, shape, width)
+
+
+def test_integer_heads_give_probabilities() -> None:
+    y = np.arange(COUNT) % 4
+    student = of_integers("QLinearSoftmax", ["n", 4], 4, axis=-1, opset=13)
+    p = np.maximum(outputs(student, {"x": X})["y"].astype(np.float64), 1e-30)
+    p /= p.sum(1, keepdims=True)
+    loss, said = started(student, {"x": X, "y": y})
+    assert said == {"y": "1 x cross-entropy"}
+    assert loss == pytest.approx(-np.log(p[np.arange(COUNT), y]).mean(), rel=1e-5)
+    for teacher in (PLAIN, headed([node("Identity", ["z"], ["y"])], ["n", 4])):
+        loss, _ = started(student, {"x": X, "y": y}, teacher, Objective(temperature=1, alpha=0))
+        t = softmax(logits(teacher, X))
+        wanted = (t * (np.log(t) - np.log(p))).sum(1).mean()
+        assert loss == pytest.approx(wanted, rel=1e-3)  # the integer kernel rounds some a step of 1/255 otherwise
+    student, y = of_integers("QLinearSigmoid", ["n", 1], 1), np.arange(COUNT) % 2
+    p = np.clip(outputs(student, {"x": X})["y"][:, 0].astype(np.float64), 1e-7, 1 - 1e-7)
+    loss, said = started(student, {"x": X, "y": y})
+    assert said == {"y": "1 x binary cross-entropy"}
+    assert loss == pytest.approx(-np.where(y, np.log(p), np.log(1 - p)).mean(), rel=1e-4)
+    assert abs(started(student, {"x": X}, student)[0]) < 1e-6
+
+
 BINARY: dict[str, list[onnx.NodeProto]] = {  # z [n, 1] -> y
     "Sigmoid": [node("Sigmoid", ["z"], ["y"])],
     "Squeeze": [node("Sigmoid", ["z"], ["p"]), node("Squeeze", ["p", "second"], ["y"])],
@@ -441,6 +475,26 @@ def test_the_softmax_of_old_operator_sets_is_over_all_axes_from_one_on() -> None
     loss, said = started(headed(nodes, ["n", 4], opset=11), {"x": X}, PLAIN, Objective(temperature=2))
     assert said == {"y": "soft targets at T = 2"}
     assert abs(loss) < 1e-6
+
+
+def test_old_operator_sets_are_lifted_with_what_moves() -> None:
+    nodes = [
+        node("Unsqueeze", ["z"], ["u"], axes=[2]),
+        node("Softmax", ["u"], ["p"], axis=1),
+        node("Squeeze", ["p"], ["y"], axes=[2]),
+    ]
+    student = headed(nodes, ["n", 4], opset=11)
+    loss, said = started(student, {"x": X}, MOVED, Objective(temperature=2))
+    assert said == {"y": "soft targets at T = 2"}
+    assert loss == pytest.approx(soft(logits(student, X), logits(MOVED, X)), rel=1e-4)
+
+
+def test_probabilities_of_a_student_whose_teacher_gives_logits() -> None:
+    plain, y = headed([node("Identity", ["z"], ["y"])], ["n", 1], 1), np.arange(COUNT) % 2
+    p = sigmoid(logits(plain, X))[:, 0]
+    loss, said = started(binary("as Tanh"), {"x": X, "y": y}, plain, Objective(temperature=2, alpha=0.25))
+    assert said == {"y": "0.25 x binary cross-entropy + 0.75 x soft targets at T = 2"}
+    assert loss == pytest.approx(-0.25 * np.where(y, np.log(p), np.log(1 - p)).mean(), rel=1e-4)
 
 
 def test_the_temperature_of_a_single_logit_follows_its_size() -> None:
