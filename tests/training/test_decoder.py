@@ -85,10 +85,12 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return folder
 
 
-def _healed(learned: pathlib.Path, cut: pathlib.Path) -> tuple[onnx.ModelProto, onnx.ModelProto]:
+def _healed(learned: pathlib.Path, cut: pathlib.Path, epochs: int) -> tuple[onnx.ModelProto, onnx.ModelProto]:
     """The model at `cut` before and after it learned from the whole one; it must be most of the way back."""
     out = cut.with_name("healed.onnx")
-    healing.train(learned / "whole.onnx", cut, out, data=learned / "texts.npz", settings=Settings(epochs=10), threads=1)
+    healing.train(
+        learned / "whole.onnx", cut, out, data=learned / "texts.npz", settings=Settings(epochs=epochs), threads=1
+    )
     before, after = onnx.load(cut), onnx.load(out)
     lost = [_next_token_loss(model, texts(256)) for model in (onnx.load(learned / "whole.onnx"), before, after)]
     assert _next_token_loss(decoder(), texts(256)) > np.log(WORDS) > 2 * lost[0]
@@ -103,7 +105,7 @@ def _arrays(model: onnx.ModelProto) -> dict[str, np.ndarray]:
 
 def test_it_is_cut_and_healed(learned: pathlib.Path, tmp_path: pathlib.Path) -> None:
     oc.compress(learned / "whole.onnx", [{"magnitude-pruning": {"sparsity": 0.6}}], out=tmp_path / "cut.onnx")
-    before, after = map(_arrays, _healed(learned, tmp_path / "cut.onnx"))
+    before, after = map(_arrays, _healed(learned, tmp_path / "cut.onnx", 10))
     for name in ("layers.0.q_proj.weight", "layers.1.down_proj.weight"):
         zeros = before[name] == 0
         assert zeros.mean() > 0.3
@@ -115,7 +117,7 @@ def test_in_blocks_of_4_bits_it_is_healed_in_them(learned: pathlib.Path, tmp_pat
     quantizer = MatMulNBitsQuantizer(onnx.load(learned / "whole.onnx"), bits=4, block_size=32, is_symmetric=True)
     quantizer.process()
     onnx.save(quantizer.model.model, tmp_path / "blocks.onnx")
-    before, after = _healed(learned, tmp_path / "blocks.onnx")
+    before, after = _healed(learned, tmp_path / "blocks.onnx", 40)
     assert [(node.domain, node.op_type) for node in before.graph.node] == [
         (node.domain, node.op_type) for node in after.graph.node
     ]

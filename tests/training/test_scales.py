@@ -61,12 +61,12 @@ def test_the_gradient_of_a_scale_is_that_of_the_paper(scale: np.ndarray) -> None
 
 
 def test_a_scale_that_is_too_wide_is_learned() -> None:
-    scale = np.array(0.6, np.float32)  # five levels are used
+    scale = np.array(2.5, np.float32)  # beside a standard deviation of 0.4: hardly a weight is more than zero
     student = quantized(Affine(np.rint(W / scale).astype(np.int8), scale))
     teacher = load(mlp())
     losses, ends = {}, {}
     for learned in (False, True):
-        settings = Settings(epochs=60, batch=16, lr=5e-3, learn_scales=learned)
+        settings = Settings(epochs=60, batch=16, lr=5e-3, learn_scales=learned, keep_zeros="never")
         done = distill(teacher, student, opened(student, {"x": arrays(128)["x"]}), settings=settings)
         losses[learned], ends[learned] = done.epochs[-1].loss, done
     assert losses[True] < 0.5 * losses[False]
@@ -74,7 +74,7 @@ def test_a_scale_that_is_too_wide_is_learned() -> None:
     write(student, ends[True].parameters)
     found = next(w for w in weights(student) if w.key == "w1").encoding
     assert isinstance(found, Affine)
-    assert 0.1 < float(found.scale) < 0.5
+    assert 0.02 < float(found.scale) < 0.5
 
 
 def test_what_has_no_learned_scale() -> None:
