@@ -50,6 +50,21 @@ def test_rnn_activations(activation: str) -> None:
     Case("RNN", feeds, settings, inputs=names).check()
 
 
+@pytest.mark.parametrize(("op", "gates"), [("LSTM", 4), ("GRU", 3), ("RNN", 1)])
+def test_hidden_size_may_be_left_to_the_weights(op: str, gates: int) -> None:
+    """ONNX lets it be; ONNX Runtime 1.32 wants it, so that only the gradient's nodes are compared."""
+    feeds, names, settings = layer(op, gates, "forward", 1, {})
+    seeds = {"y": np.ones((STEPS, 1, BATCH, HIDDEN), np.float32)}
+    said, _ = gradient_model(Case(op, feeds, settings, inputs=names).model(), seeds, ["x", "w", "r", "b"])
+    del settings["hidden_size"]
+    left, found = gradient_model(Case(op, feeds, settings, inputs=names).model(), seeds, ["x", "w", "r", "b"])
+    nodes = [[(node.op_type, node.input, node.output) for node in graph.node] for graph in (left.graph, said.graph)]
+    assert nodes[0] == nodes[1]
+    assert set(found) == {"x", "w", "r", "b"}
+    with pytest.raises(NoGradient, match="hidden size is unknown; add the attribute"):
+        gradient_model(Case(op, feeds, settings, inputs=names).model(dynamic=True), seeds, ["w"])
+
+
 REFUSED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("sequence_lens", {"lengths": ints(4, 2).astype(np.int32)}, {}),
     ("clipped", {}, {"clip": 1.0}),

@@ -271,7 +271,8 @@ def dropout(c: Context) -> Grads:
     c.only()
     mask = c.output(1, ir.DataType.BOOL)
     if ratio is not None or not c.has(1):
-        scale: Operand = 1 / (1 - float(ratio if ratio is not None else 0.5))
+        kept = 1 - float(ratio if ratio is not None else 0.5)
+        scale: Operand = 1 / kept if kept else 0.0
     else:
         scale = 1 / (1 - c.x[1].cast(c.g.dtype))
     if training is None:
