@@ -12,6 +12,7 @@ import pytest
 from onnxcompress.errors import DataError
 from onnxcompress.model.load import load
 from onnxcompress.training.distill import Settings, distill
+from onnxcompress.training.order import Order
 from onnxcompress.training.targets import Objective
 from tests.builders import floats, graph, info, model, node, tensors
 from tests.training.small import arrays, mlp, opened, outputs, sequences, tagger
@@ -138,9 +139,9 @@ def test_a_label_a_token(batch: int) -> None:
     y = np.where(given["attention_mask"] == 1, GENERATOR.integers(0, 3, (48, 9)), -100)
     y[:, 0] = -100  # as for a token that opens the sequence
     z = log_softmax(outputs(tagger(), given)["logits"].astype(np.float64))
-    order, wanted = np.random.default_rng([0, 0]).permutation(48), []
-    for at in range(0, 48, batch):
-        rows = order[at : at + batch]
+    order, wanted = Order(48, batch, 0, given["attention_mask"].sum(1)), []
+    for update in range(48 // batch):
+        rows = order.samples(update)
         told = y[rows] >= 0
         wanted.append(-z[rows][told, y[rows][told]].mean())
     settings = dataclasses.replace(STILL, batch=batch)
