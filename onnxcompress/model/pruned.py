@@ -13,6 +13,7 @@ from onnxcompress.model.weights import Weight, weights
 
 SHARE = 0.2  # of zeros, from which a float weight is taken for pruned
 ALIKE = 0.5  # cosine from which a weight is taken for what became of another
+HALF = 0.51  # of a step is what rounding can do, and a little for its arithmetic
 NEARER = 2  # times less error with a factor a channel, from which one is taken to be folded in
 
 
@@ -23,9 +24,9 @@ class Pruned:
     2. A float weight was where `reference` (what the model was made from) has other values than its zeros, where at
        least 20 % are zero, or 1 % and this project wrote the model. A layer may have some zeros for other reasons: the
        row of a padding token, values that underflowed.
-    3. A weight in integers was where its zeros stand out (`Affine.shows_zeros`), or those do that `reference` does not
-       explain: it has values there that round to other levels. Training, too, moves elements to zero, but no more of
-       them than to the levels beside.
+    3. A weight in integers was where its zeros stand out (`Affine.shows_zeros`). Else `reference` tells: it has values
+       at zeros that round to other levels, and at nothing but zeros, or so many that they stand out; for training, too,
+       moves elements to zero, but no more of them than to the levels beside.
     """
 
     def __init__(self, model: ir.Model, reference: ir.Model | None = None) -> None:
@@ -54,7 +55,7 @@ class Pruned:
         return before is not None and before.shape == found.shape and bool(np.any(before[zero]))
 
     def _has_lost(self, weight: Weight, found: Affine) -> bool:
-        """Whether zeros stand out among the elements that are not the reference's, rounded."""
+        """Whether the elements that are not the reference's, rounded, are zeros, or zeros stand out among them."""
         before = self._before(weight)
         if before is None:
             return False
@@ -62,7 +63,8 @@ class Pruned:
         for known in (before, before.T) if before.ndim == 2 else (before,):
             fitted = _fitted(known.astype(np.float32), w, found.axis if axis is None else axis)
             if fitted is not None:
-                return stand_out(found.levels()[np.abs(w - fitted) > found.steps() / 2])
+                others = found.levels()[np.abs(w - fitted) > HALF * found.steps()]
+                return others.size > 0 and (not others.any() or stand_out(others))
         return False
 
     def _before(self, weight: Weight) -> np.ndarray | None:

@@ -87,6 +87,18 @@ def test_of_few_levels_the_reference_tells() -> None:
     assert not is_pruned(pruned, cut(0.3))  # the reference had these zeros, too
 
 
+def test_the_reference_tells_a_few_zeros_of_a_small_weight() -> None:
+    small = W[:, :24]
+    pruned, plain = rounded(cut(0.05, small)), rounded(small)
+    assert np.count_nonzero(pruned.q == 0) == 8
+    assert not is_pruned(pruned)
+    assert is_pruned(pruned, small)
+    assert not is_pruned(plain, small)
+    moved = cut(0.05, small) + floats(6, 24, seed=9) * 0.1
+    moved[cut(0.05, small) == 0] = 0  # trained since, which may bring about as many
+    assert not is_pruned(rounded(moved), small)
+
+
 def test_the_reference_may_lie_transposed_or_have_a_normalization_folded_in() -> None:
     factor = np.linspace(-2, 3, 200, dtype=np.float32) + 0.01
     for array in (cut(0.4), W):
