@@ -18,6 +18,7 @@ from onnxcompress.training.learned import Learned
 from onnxcompress.training.levels import step_factor
 
 REFERENCE_RMS, LEAST_STEP, LARGEST_STEP = 0.05, 0.01, 4.0
+SCALE_STEP = 4.0  # of 1, 4 and 20 what heals a ResNet-8 in 4 bits best; by 20 weights of the reference move
 _HALF = {"float16", "bfloat16"}
 _VALUES = ("w", "values", "freed")  # parts that hold elements of the weight itself
 
@@ -66,14 +67,14 @@ class Parameter:
 
         A first layer that takes pixels of 0 to 255 has weights a hundred times smaller than the next: one step size
         for both destroys it or leaves the rest where it is (Shazeer, Stern, 2018, section 8; You et al., 2020). A
-        learned scale moves by the learning rate times itself.
+        learned scale moves by four times the learning rate times itself.
         """
         if not self.layer and self.part != "scale":
             return 1.0
         kept = self.initial[self.initial != 0].astype(np.float64)
         rms = float(np.sqrt(np.mean(kept * kept))) if kept.size else 0.0
         if self.part == "scale":
-            return rms
+            return SCALE_STEP * rms
         return self.levels * min(max(rms / REFERENCE_RMS, LEAST_STEP), LARGEST_STEP)
 
 

@@ -37,7 +37,8 @@ def test_the_factor_is_that_of_the_levels() -> None:
     assert step_factor(rounded(np.int8, 127)) == 1
     assert step_factor(Dense(W)) == 1
     assert step_factor(Affine(np.ones(9, np.int32), np.ones((), np.float32))) == 1  # a bias, which is not rounded
-    assert step_factor(Affine(np.zeros((3, 3), np.int8), np.ones((), np.float32))) == 1
+    assert step_factor(rounded(np.int8, 3)) == 1  # a scale that is too wide, not too few levels
+    assert step_factor(Affine(np.zeros((3, 3), ml_dtypes.int4), np.ones((), np.float32))) == 1
 
 
 def student() -> ir.Model:
