@@ -7,7 +7,7 @@ weights fix (zeros, codes, integers) stays fixed: the optimizer only sees their 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -27,7 +27,8 @@ from onnxcompress.training.result import Trained, told, write
 from onnxcompress.training.runner import Runner
 from onnxcompress.training.schedules import Schedule
 from onnxcompress.training.settings import Conditions, Evaluation, Settings, identity
-from onnxcompress.training.targets import Objective
+from onnxcompress.training.step import TrainingGraph
+from onnxcompress.training.targets import Objective, Target
 from onnxcompress.training.teacher import Teacher
 from onnxcompress.training.words import used
 from onnxcompress.training.zeros import Keeping
@@ -68,97 +69,126 @@ def distill(
     all_samples = samples.collect(data, conditions.work)
     pairs, alone = _paired(original, student, objective, settings)
     size = matching.batch_of(student, original, all_samples.count)
+    provider, threads = conditions.provider, conditions.threads
     with contextlib.ExitStack() as stack:
-        source = original if original is not None else student
-        theirs = [head for _, head in pairs]
-        guide = stack.enter_context(
-            Teacher(source, theirs, inputs=inputs, provider=conditions.provider, threads=conditions.threads)
-        )
-        chosen = matching.matched(
-            pairs,
-            student,
-            guide,
-            all_samples,
-            objective,
-            size,
-            soft=original is not None,
-            provider=conditions.provider,
-        )
+        source, theirs = original if original is not None else student, [head for _, head in pairs]
+        guide = stack.enter_context(Teacher(source, theirs, inputs=inputs, provider=provider, threads=threads))
+        soft = original is not None
+        chosen = matching.matched(pairs, student, guide, all_samples, objective, size, soft=soft, provider=provider)
         keeping = Keeping(settings.keep_zeros, student, original if reference is None else reference)
-        graph = step.build(
-            step.forward(heads.laid_out(student, [target.head for target in chosen]), data.feeds()),
-            [target.value for target in chosen],
-            targets.write_all(chosen, objective),
-            optimizers.named(settings.optimizer, settings.weight_decay, settings.momentum),
-            l1=objective.l1,
-            clip=settings.clip,
-            relative=settings.relative and settings.optimizer == "adamw",
-            batch_statistics=settings.batch_norm == "trained",
-            allows=settings.select.allows,
-            learn_scales=settings.learn_scales,
-            restate=keeping if settings.sparsity is None else restated(keeping),
-        )
+        graph = _graph(student, data, chosen, objective, settings, keeping)
         batch = _batch(settings.batch, all_samples.count, size, is_whole=bool(graph.running))
         chosen = feeding.cached(chosen, pairs, guide, all_samples, size or batch, conditions)
-        feeder = Feeder(chosen, {s.output: t.output for s, t in pairs}, guide, all_samples)
-        whole = bool(graph.running) or conditions.provider != "cpu"  # statistics of a batch are of all of it
-        order = Order(all_samples.count, batch, settings.seed, all_samples.lengths)
+        whole = bool(graph.running) or provider != "cpu"  # statistics of a batch are of all of it
         plan = Plan(
             settings.epochs_of(all_samples.count / batch),
             size or (batch if whole else samples.call_size(batch)),
             settings.patience,
             evaluation.higher_is_better if evaluation else True,
         )
-        total = order.updates(plan.epochs)
-        schedule = Schedule(settings.peak, total, settings.schedule, settings.warmup)
+        feeder = Feeder(chosen, {s.output: t.output for s, t in pairs}, guide, all_samples)
+        order = Order(all_samples.count, batch, settings.seed, all_samples.lengths)
         runner = stack.enter_context(
-            Runner(graph, provider=conditions.provider, threads=conditions.threads, same_shapes=not all_samples.groups)
+            Runner(graph, provider=provider, threads=threads, same_shapes=not all_samples.groups)
         )
-        average = gradual = None
-        if settings.ema is not None:
-            average = Average(graph, runner, settings.ema, conditions.provider, conditions.threads)
-            stack.callback(average.close)
-        if settings.sparsity is not None:
-            gradual = Gradual(graph, rise(settings.sparsity, total, settings.sparsity_until))
-
-        def score(values: Mapping[str, np.ndarray]) -> float:
-            assert evaluation is not None
-            candidate = bridge.clone(student)
-            write(candidate, graph.trained(values))
-            return evaluation.score(candidate)
-
         checkpoints = Checkpoints(conditions.work, identity(settings, objective, conditions.identity))
-        if conditions.resume and checkpoints.foreign:
-            conditions.say("what was kept is of other settings, data or versions: starting over")
-        loop = Loop(
-            graph,
-            runner,
-            order,
-            feeder,
-            plan,
-            schedule,
-            checkpoints,
-            conditions.progress,
-            score if evaluation is not None else None,
-            conditions.on_epoch,
-            average,
-            gradual,
-        )
+        score = _scorer(student, graph, evaluation)
+        loop = _loop(stack, graph, runner, order, feeder, plan, checkpoints, score, settings, conditions)
         values = loop.run(resume=conditions.resume)
-    losses = {target.head.output: told(target, objective) for target in chosen}
-    losses |= dict.fromkeys(alone, "not learned, the teacher has no such output")
-    if original is None:
-        (labelled,) = losses
-        losses |= {
-            head.output: f"not learned, the labels are {labelled}'s" for head, _ in pairs if head.output != labelled
-        }
     parameters, left, kept = graph.trained(values), graph.left, loop.kept
-    before = evaluation.before if evaluation is not None and gradual is None else None
+    before = evaluation.before if evaluation is not None and settings.sparsity is None else None
     if before is not None and is_better(before, loop.score, plan.higher_is_better):
         why = "left as it came in: no epoch scores as well"
         parameters, left, kept = {}, {**left, **dict.fromkeys(parameters, why)}, 0
+    losses = _said(chosen, pairs, alone, objective, soft=soft)
     in_force = used(settings, objective, chosen, epochs=plan.epochs, batch=batch)
     return Trained(parameters, loop.history, left, losses, loop.steps, kept, in_force)
+
+
+def _graph(
+    student: ir.Model,
+    data: Data,
+    chosen: Sequence[Target],
+    objective: Objective,
+    settings: Settings,
+    keeping: Keeping,
+) -> TrainingGraph:
+    """The step that trains `student` on what was chosen."""
+    return step.build(
+        step.forward(heads.laid_out(student, [target.head for target in chosen]), data.feeds()),
+        [target.value for target in chosen],
+        targets.write_all(chosen, objective),
+        optimizers.named(settings.optimizer, settings.weight_decay, settings.momentum),
+        l1=objective.l1,
+        clip=settings.clip,
+        relative=settings.relative and settings.optimizer == "adamw",
+        batch_statistics=settings.batch_norm == "trained",
+        allows=settings.select.allows,
+        learn_scales=settings.learn_scales,
+        restate=keeping if settings.sparsity is None else restated(keeping),
+    )
+
+
+def _scorer(
+    student: ir.Model, graph: TrainingGraph, evaluation: Evaluation | None
+) -> Callable[[Mapping[str, np.ndarray]], float] | None:
+    """From values of a step to the score of the student that they make; None where nothing is evaluated."""
+    if evaluation is None:
+        return None
+
+    def score(values: Mapping[str, np.ndarray]) -> float:
+        candidate = bridge.clone(student)
+        write(candidate, graph.trained(values))
+        return evaluation.score(candidate)
+
+    return score
+
+
+def _loop(
+    stack: contextlib.ExitStack,
+    graph: TrainingGraph,
+    runner: Runner,
+    order: Order,
+    feeder: Feeder,
+    plan: Plan,
+    checkpoints: Checkpoints,
+    score: Callable[[Mapping[str, np.ndarray]], float] | None,
+    settings: Settings,
+    conditions: Conditions,
+) -> Loop:
+    """The loop with all that moves in it: learning rate, average, masks that grow."""
+    total = order.updates(plan.epochs)
+    schedule = Schedule(settings.peak, total, settings.schedule, settings.warmup)
+    average = gradual = None
+    if settings.ema is not None:
+        average = Average(graph, runner, settings.ema, conditions.provider, conditions.threads)
+        stack.callback(average.close)
+    if settings.sparsity is not None:
+        gradual = Gradual(graph, rise(settings.sparsity, total, settings.sparsity_until))
+    if conditions.resume and checkpoints.foreign:
+        conditions.say("what was kept is of other settings, data or versions: starting over")
+    told = conditions.on_epoch
+    return Loop(
+        graph, runner, order, feeder, plan, schedule, checkpoints, conditions.progress, score, told, average, gradual
+    )
+
+
+def _said(
+    chosen: Sequence[Target],
+    pairs: Sequence[tuple[Head, Head]],
+    alone: Sequence[str],
+    objective: Objective,
+    *,
+    soft: bool,
+) -> dict[str, str]:
+    """What each output was trained on, in words; those of the student that were not, with the reason."""
+    losses = {target.head.output: told(target, objective) for target in chosen}
+    losses |= dict.fromkeys(alone, "not learned, the teacher has no such output")
+    if not soft:
+        (labelled,) = losses
+        others = (head.output for head, _ in pairs if head.output != labelled)
+        losses |= dict.fromkeys(others, f"not learned, the labels are {labelled}'s")
+    return losses
 
 
 def _paired(
