@@ -6,7 +6,6 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcompress.encodings import recognize
-from onnxcompress.encodings.base import Tape
 from onnxcompress.encodings.dense import Dense, Masked
 from onnxcompress.model.weights import Weight
 from onnxcompress.passes.quantization.job import Job
@@ -54,18 +53,18 @@ def _fold(weight: Weight, conv: ir.Node, job: Job) -> bool:
     weight.replace(Masked(folded) if isinstance(weight.encoding, Masked) else Dense(folded))
     if weight.value.is_graph_input():
         graph.inputs.remove(weight.value)
-    tape = Tape(job.model, graph)
-    b = tape.constant((shift * factor + beta).astype(array.dtype), f"{norm.outputs[0].name}.bias")
-    tape.place(conv)
-    old = list(norm.inputs)
-    conv.resize_inputs(3)
-    conv.replace_input_with(2, b)
-    out = norm.outputs[0]
+    old, out = list(norm.inputs), norm.outputs[0]
     name, y.shape, y.type = out.name, out.shape, out.type
     out.name = f"{name}.folded"
     y.name = name
     out.replace_all_uses_with(y, replace_graph_outputs=True)
     graph.remove(norm, safe=True)
+    conv.resize_inputs(3)
+    conv.replace_input_with(2, None)
     for value in [*old[1:], bias_value]:
         drop(value)
+    job.forget(value.name or "" for value in old[1:] if value is not None and value.graph is None)
+    tape = job.tape(graph)
+    conv.replace_input_with(2, tape.constant((shift * factor + beta).astype(array.dtype), f"{name}.bias"))
+    tape.place(conv)
     return True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import onnx_ir as ir
@@ -12,6 +12,7 @@ import onnx_ir as ir
 from onnxcompress.contract import Coverage, Left, Reason, Run, Touched
 from onnxcompress.encodings.base import Tape
 from onnxcompress.model.pruned import Pruned
+from onnxcompress.model.roles import subgraphs
 from onnxcompress.model.spill import spill
 from onnxcompress.model.weights import Weight
 from onnxcompress.targets import Target, find
@@ -35,6 +36,7 @@ class Job:
     is_pruned: Callable[[Weight], bool]
     coverage: Coverage = dataclasses.field(default_factory=Coverage)
     fixed: list[str] = dataclasses.field(default_factory=list)
+    _taken: set[str] = dataclasses.field(default_factory=set)
 
     @classmethod
     def of(cls, model: ir.Model, run: Run, weights: str, per_channel: bool, min_elements: int, max_error: float) -> Job:
@@ -73,6 +75,20 @@ class Job:
     def count(self, rule: str, times: int = 1) -> None:
         """Count a rewrite."""
         self.coverage.rewrites[rule] = self.coverage.rewrites.get(rule, 0) + times
+
+    def tape(self, owner: ir.Graph | ir.Function) -> Tape:
+        """To record nodes for `owner`, called by names that nothing of the model has."""
+        if not self._taken:
+            for root in (self.model.graph, *(function.graph for function in self.model.functions.values())):
+                self._taken |= {value.name or "" for value in (*root.inputs, *root.initializers.values())}
+                for node in ir.traversal.RecursiveGraphIterator(root):
+                    self._taken |= {output.name or "" for output in node.outputs}
+                    self._taken |= {name for inner in subgraphs(node) for name in inner.initializers}
+        return Tape(self.model, owner, taken=self._taken)
+
+    def forget(self, names: Iterable[str]) -> None:
+        """These names are free again."""
+        self._taken.difference_update(names)
 
     def constant(self, tape: Tape, array: np.ndarray, name: str, notes: Mapping[str, str] | None = None) -> ir.Value:
         """A constant on `tape`; a large array moves to the work folder. `notes`: for its metadata."""

@@ -6,7 +6,6 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcompress.encodings.affine import Affine
-from onnxcompress.encodings.base import Tape
 from onnxcompress.model.roles import Use
 from onnxcompress.model.weights import Weight
 from onnxcompress.passes.quantization.integers import per_channel
@@ -49,7 +48,7 @@ class DynamicProducts:
             return f"relative error {error:.3f} > {job.max_error} in integers that cannot saturate"
         job.note_overridable(weight)
         assert isinstance(weight.owner, ir.Graph)
-        tape = Tape(weight.model, weight.owner)
+        tape = job.tape(weight.owner)
         q = job.constant(tape, quantized.q, f"{name}.q", encoding.notes())
         scale = job.constant(tape, quantized.scale, f"{name}.scale")
         tape.place()
@@ -93,7 +92,7 @@ class DynamicProducts:
         assert isinstance(owner, ir.Graph)
         assert x is not None
         xq, x_scale, x_zero = self._activation(owner, x, node)
-        name, tape = node.outputs[0].name, Tape(self._job.model, owner)
+        name, tape = node.outputs[0].name, self._job.tape(owner)
         product = tape.op("MatMulInteger", [xq, q, x_zero], f"{name}.integer")
         product = tape.op("Cast", [product], f"{name}.float", {"to": ir.DataType.FLOAT})
         factor = tape.op("Mul", [x_scale, scale], f"{name}.rescale")

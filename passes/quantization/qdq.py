@@ -11,7 +11,6 @@ import onnx_ir as ir
 from onnxcompress.calibration.statistic import MinMax
 from onnxcompress.encodings import recognize
 from onnxcompress.encodings.affine import Affine
-from onnxcompress.encodings.base import Tape
 from onnxcompress.model.weights import Weight
 from onnxcompress.numerics.affine import choose_scale, quantize
 from onnxcompress.numerics.error import relative_rms
@@ -68,7 +67,7 @@ def write_points(points: Mapping[int, Point], scales: Mapping[int, Scale], job: 
 
 def _write_point(point: Point, scale: Scale, job: Job) -> None:
     value, owner = point.value, point.owner
-    tape, name = Tape(job.model, owner), value.name or ""
+    tape, name = job.tape(owner), value.name or ""
     uses = [(use.node, use.idx) for use in value.uses()] if point.everyone else list(dict.fromkeys(point.readers))
     constants: list[ir.Value | None] = [
         tape.constant(scale.scale, f"{name}.activation_scale"),

@@ -6,7 +6,6 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcompress.encodings.affine import Affine
-from onnxcompress.encodings.base import Tape
 from onnxcompress.model.weights import Weight
 from onnxcompress.numerics.affine import quantize_weight
 from onnxcompress.numerics.error import relative_rms
@@ -44,14 +43,14 @@ def rows(weight: Weight, job: Job) -> bool:
     if error > job.max_error:
         return False
     job.note_overridable(weight)
-    constants = Tape(weight.model, weight.owner)
+    constants = job.tape(weight.owner)
     integers = job.constant(constants, q, f"{name}.q", encoding.notes())
     scales = constants.constant(scale.reshape(-1, 1) if job.per_channel else scale, f"{name}.scale")
     constants.place()
     for use in weight.uses:
         owner = use.node.graph
         assert owner is not None
-        tape, y, ids = Tape(weight.model, owner), use.node.outputs[0].name, use.node.inputs[1]
+        tape, y, ids = job.tape(owner), use.node.outputs[0].name, use.node.inputs[1]
         picked = tape.op("Gather", [integers, ids], f"{y}.rows")
         picked = tape.op("Cast", [picked], f"{y}.float_rows", {"to": ir.DataType.FLOAT})
         factor = tape.op("Gather", [scales, ids], f"{y}.row_scales") if job.per_channel else scales

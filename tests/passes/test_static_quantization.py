@@ -10,6 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto
 
+import onnxcompress as oc
 from onnxcompress.contract import Select
 from onnxcompress.errors import DataError, PassError
 from onnxcompress.model.load import load
@@ -260,3 +261,20 @@ def test_face_detector_of_the_zoo(zoo: pathlib.Path, tmp_path: pathlib.Path) -> 
     feeds = {name: images[7][None].astype(np.float32)}
     for before, after in zip(run(proto.SerializeToString(), feeds), run(data, feeds), strict=True):
         assert decibel(before, after) > 20
+
+
+def test_a_folded_bias_takes_the_name_of_the_one_it_replaces(tmp_path: pathlib.Path) -> None:
+    """A BatchNormalization whose output is called `norm` and whose bias is called `norm.bias`."""
+    nodes = [
+        node("Conv", ["x", "w"], ["c"]),
+        node("BatchNormalization", ["c", "scale", "norm.bias", "mean", "variance"], ["norm"]),
+        node("Relu", ["norm"], ["y"]),
+    ]
+    vectors = {name: floats(8, seed=at) for at, name in enumerate(("scale", "norm__bias", "mean"), 1)}
+    given = tensors(w=floats(8, 4, 3, 3), variance=np.full(8, 2, np.float32), **vectors)
+    parent = model(graph(nodes, [info("x", ["n", 4, 6, 6])], [info("y", ["n", 8, 4, 4])], given))
+    onnx.save(parent, tmp_path / "parent.onnx")
+    data = {"x": floats(8, 4, 6, 6)}
+    oc.compress(tmp_path / "parent.onnx", ["static-quantization"], out=tmp_path / "out.onnx", calibration=data)
+    assert "norm.bias" in {tensor.name for tensor in onnx.load(tmp_path / "out.onnx").graph.initializer}
+    assert not oc.verify(tmp_path / "out.onnx", tmp_path / "parent.onnx").problems
