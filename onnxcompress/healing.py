@@ -27,7 +27,7 @@ from onnxcompress.training.checkpoint import Epoch
 from onnxcompress.training.distill import Conditions, Evaluation, Settings, Trained, distill, write
 from onnxcompress.training.initial import randomize
 from onnxcompress.training.runner import cores
-from onnxcompress.training.targets import HOTTEST, Objective
+from onnxcompress.training.targets import Objective
 from onnxcompress.validation.metrics import metric_named
 
 Path = str | os.PathLike[str]
@@ -185,13 +185,6 @@ def _check(
         raise PassError(f"init: wanted keep or random, got {init!r}")
     if teacher is None and any("=" in name for name in settings.outputs):
         raise PassError(f"--output {settings.outputs[0]}: names a teacher's output, and there is no teacher")
-    temperature, alpha, lr = objective.temperature, objective.alpha, settings.lr
-    if temperature is not None and not 0 < temperature <= HOTTEST:
-        raise PassError(f"temperature: wanted a number above 0 and up to {HOTTEST:g}, got {temperature}")
-    if alpha is not None and not 0 <= alpha <= 1:
-        raise PassError(f"alpha: wanted a share from 0 to 1, got {alpha}")
-    if lr is not None and not lr > 0:
-        raise PassError(f"lr: wanted a number above 0, got {lr}")
     if (evaluate is None) != (metric is None):
         raise MetricError("--eval and --metric go together: the data to evaluate on, and what to measure")
     if settings.patience is not None and evaluate is None:

@@ -7,6 +7,8 @@ import json
 import os
 import pathlib
 import zipfile
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +16,7 @@ from onnxcompress.errors import SaveError
 from onnxcompress.model import durable
 
 _HEADER = "header"
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile)
 FILE = "training.npz"
 
 
@@ -46,10 +49,15 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The checkpoint in `folder` of the training that `identity` describes; without a folder nothing is kept."""
+    """The checkpoint in `folder` of the training that `identity` describes; without a folder nothing is kept.
 
-    def __init__(self, folder: pathlib.Path | None, identity: str) -> None:
-        self._folder, self._identity = folder, identity
+    `pace`: settings that may differ from those it was kept with.
+    """
+
+    def __init__(
+        self, folder: pathlib.Path | None, identity: str, pace: Mapping[str, float | None] | None = None
+    ) -> None:
+        self._folder, self._identity, self._pace = folder, identity, dict(pace or {})
 
     @property
     def path(self) -> pathlib.Path | None:
@@ -66,6 +74,7 @@ class Checkpoints:
             return
         header = {
             "identity": self._identity,
+            "pace": self._pace,
             "step": checkpoint.step,
             "kept": checkpoint.kept,
             "history": [dataclasses.asdict(epoch) for epoch in checkpoint.history],
@@ -87,17 +96,22 @@ class Checkpoints:
     @property
     def foreign(self) -> bool:
         """True when there is a checkpoint, but one that this training cannot go on from."""
-        return self.path is not None and self.path.exists() and self.load() is None
+        header = self._header()
+        return self.path is not None and self.path.exists() and (header is None or header["identity"] != self._identity)
+
+    @property
+    def changed(self) -> dict[str, tuple[float | None, float | None]]:
+        """Of the pace what differs: name -> (as it was kept, as it is now)."""
+        kept = (self._header() or {}).get("pace", {})
+        return {name: (kept[name], now) for name, now in self._pace.items() if name in kept and kept[name] != now}
 
     def load(self) -> Checkpoint | None:
         """The checkpoint of this very training, or None."""
-        if self.path is None:
+        header = self._header()
+        if header is None or self.path is None or header["identity"] != self._identity:
             return None
         try:
             with np.load(self.path, allow_pickle=False) as stored:
-                header = json.loads(stored[_HEADER].tobytes())
-                if header["identity"] != self._identity:
-                    return None
                 arrays = {name: stored[name] for name in stored.files if name != _HEADER}
             loss, updates, seconds = header["sums"]
             return Checkpoint(
@@ -108,8 +122,19 @@ class Checkpoints:
                 history=[Epoch(**epoch) for epoch in header["history"]],
                 sums=(loss, updates, seconds),
             )
-        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
-            return None  # none, or an unreadable one: the training starts over
+        except _UNREADABLE:
+            return None
+
+    def _header(self) -> dict[str, Any] | None:
+        """All but the arrays; None where there is no checkpoint, or an unreadable one: the training starts over."""
+        if self.path is None:
+            return None
+        try:
+            with np.load(self.path, allow_pickle=False) as stored:
+                header = json.loads(stored[_HEADER].tobytes())
+            return header if isinstance(header, dict) and "identity" in header else None
+        except _UNREADABLE:
+            return None
 
     def remove(self) -> None:
         """Take it away."""

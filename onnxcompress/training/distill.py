@@ -26,7 +26,7 @@ from onnxcompress.training.order import Order
 from onnxcompress.training.result import Trained, told, write
 from onnxcompress.training.runner import Runner
 from onnxcompress.training.schedules import Schedule
-from onnxcompress.training.settings import Conditions, Evaluation, Settings, identity
+from onnxcompress.training.settings import Conditions, Evaluation, Settings, identity, pace
 from onnxcompress.training.step import TrainingGraph
 from onnxcompress.training.targets import Objective, Target
 from onnxcompress.training.teacher import Teacher
@@ -91,7 +91,8 @@ def distill(
         runner = stack.enter_context(
             Runner(graph, provider=provider, threads=threads, same_shapes=not all_samples.groups)
         )
-        checkpoints = Checkpoints(conditions.work, identity(settings, objective, conditions.identity))
+        known = identity(settings, objective, conditions.identity)
+        checkpoints = Checkpoints(conditions.work, known, pace(settings))
         score = _scorer(student, graph, evaluation)
         loop = _loop(stack, graph, runner, order, feeder, plan, checkpoints, score, settings, conditions)
         values = loop.run(resume=conditions.resume)
@@ -167,6 +168,9 @@ def _loop(
         gradual = Gradual(graph, rise(settings.sparsity, total, settings.sparsity_until))
     if conditions.resume and checkpoints.foreign:
         conditions.say("what was kept is of other settings, data or versions: starting over")
+    elif conditions.resume and (changed := checkpoints.changed):
+        words = (f"{name} {now or 0:g} in place of {kept or 0:g}" for name, (kept, now) in changed.items())
+        conditions.say(f"going on with {', '.join(words)}")
     told = conditions.on_epoch
     return Loop(
         graph, runner, order, feeder, plan, schedule, checkpoints, conditions.progress, score, told, average, gradual

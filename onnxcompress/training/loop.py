@@ -186,7 +186,7 @@ class Loop:
         kept = f"; the last good state is kept in {path}" if path is not None and path.exists() else ""
         wrong = next(filter(None, map(self._feeds.not_finite, chosen)), "")
         culprit = self._culprit(feeds)
-        mend = "a lower --lr may help"
+        mend = "a lower --lr may help" + (", with --resume from there on" if kept else "")
         if wrong:
             mend = f"the data holds values that are not finite: {wrong}"
         raise PassError(f"step {self._at.step + 1} (epoch {epoch + 1}): {what}, {culprit}{kept}; {mend}")

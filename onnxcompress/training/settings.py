@@ -16,15 +16,38 @@ from onnxcompress.contract import Progress, Select, Silent
 from onnxcompress.errors import PassError
 from onnxcompress.model import provenance
 from onnxcompress.training.checkpoint import Epoch
-from onnxcompress.training.schedules import Kind
+from onnxcompress.training.optimizers import OPTIMIZERS
+from onnxcompress.training.schedules import KINDS, Kind
 from onnxcompress.training.targets import Objective
-from onnxcompress.training.zeros import KeepZeros
+from onnxcompress.training.zeros import KEEP_ZEROS, KeepZeros
 
 BatchNorm = Literal["frozen", "trained"]
 BATCH_NORMS: tuple[str, ...] = ("frozen", "trained")
 RATES = {"adamw": 1e-3, "sgd": 1e-2}
 
 FEWEST_EPOCHS, MOST_EPOCHS, UPDATES = 3, 30, 300
+
+_CHOICES: dict[str, tuple[str | None, ...]] = {
+    "optimizer": OPTIMIZERS,
+    "schedule": KINDS,
+    "batch_norm": (None, *BATCH_NORMS),
+    "keep_zeros": KEEP_ZEROS,
+}
+_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "epochs": (lambda n: n >= 1, "at least 1"),
+    "batch": (lambda n: n >= 1, "at least 1"),
+    "lr": (lambda x: 0 < x < math.inf, "a number above 0"),
+    "weight_decay": (lambda x: 0 <= x < math.inf, "a number of at least 0"),
+    "momentum": (lambda x: 0 <= x < 1, "a share from 0 to below 1"),
+    "warmup": (lambda x: 0 <= x < 1, "a share of the steps, from 0 to below 1"),
+    "clip": (lambda x: 0 < x < math.inf, "a norm above 0, or None"),
+    "sparsity": (lambda x: 0 <= x < 1, "a share from 0 to below 1"),
+    "sparsity_until": (lambda x: 0 < x <= 1, "a share of the steps, above 0 and up to 1"),
+    "ema": (lambda x: 0 < x < 1, "a decay between 0 and 1"),
+    "patience": (lambda n: n >= 1, "at least 1"),
+}
+PACE = ("lr", "clip")
+"""Settings that an interrupted training may go on with changed: after a loss that was not finite, with smaller ones."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,16 +95,15 @@ class Settings:
         """Refuse what no training can be.
 
         Raises:
-            PassError: a share or a decay out of its range.
+            PassError: a number out of its range, or a word that is none of those there are.
         """
-        if self.sparsity is not None and not 0 <= self.sparsity < 1:
-            raise PassError(f"sparsity: wanted a share from 0 to below 1, got {self.sparsity}")
-        if self.ema is not None and not 0 < self.ema < 1:
-            raise PassError(f"ema: wanted a decay between 0 and 1, got {self.ema}")
-        if not 0 < self.sparsity_until <= 1:
-            raise PassError(
-                f"sparsity_until: wanted a share of the steps, above 0 and up to 1, got {self.sparsity_until}"
-            )
+        for name, choices in _CHOICES.items():
+            if (found := getattr(self, name)) not in choices:
+                raise PassError(f"{name}: wanted {', '.join(str(c) for c in choices if c is not None)}, got {found!r}")
+        for name, (holds, wanted) in _RANGES.items():
+            found = getattr(self, name)
+            if found is not None and not holds(found):
+                raise PassError(f"{name}: wanted {wanted}, got {found}")
 
     def epochs_of(self, updates: float) -> int:
         """How many epochs of so many updates; a rest of an epoch that fills no batch is a part of one."""
@@ -124,10 +146,15 @@ class Conditions:
     identity: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
+def pace(settings: Settings) -> dict[str, float | None]:
+    """The settings `PACE`, as they are used."""
+    return {"lr": settings.peak, "clip": settings.clip}
+
+
 def identity(settings: Settings, objective: Objective, rest: Mapping[str, Any]) -> str:
-    """What a checkpoint must have been made with, to go on from it."""
+    """What a checkpoint must have been made with, to go on from it: all but `PACE`."""
     what = {
-        "settings": dataclasses.asdict(settings),
+        "settings": {name: value for name, value in dataclasses.asdict(settings).items() if name not in PACE},
         "objective": dataclasses.asdict(objective),
         "versions": provenance.versions(),
         **rest,

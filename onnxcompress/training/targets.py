@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcompress.autodiff.tensor import Tensor
+from onnxcompress.errors import PassError
 from onnxcompress.training import losses
 from onnxcompress.training.heads import Head
 from onnxcompress.training.readings import Reading, written
@@ -45,6 +46,22 @@ class Objective:
     feature_loss: FeatureLoss = "values"
     feature_weight: float = 1.0
     l1: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse what no loss can be.
+
+        Raises:
+            PassError: a number out of its range, or a word that is none of those there are.
+        """
+        for name, choices in (("loss", LOSSES), ("feature_loss", FEATURE_LOSSES)):
+            if (found := getattr(self, name)) not in choices:
+                raise PassError(f"{name}: wanted {', '.join(choices)}, got {found!r}")
+        if self.temperature is not None and not 0 < self.temperature <= HOTTEST:
+            raise PassError(f"temperature: wanted a number above 0 and up to {HOTTEST:g}, got {self.temperature}")
+        if self.alpha is not None and not 0 <= self.alpha <= 1:
+            raise PassError(f"alpha: wanted a share from 0 to 1, got {self.alpha}")
+        if not 0 <= self.smoothing < 1:
+            raise PassError(f"smoothing: wanted a share from 0 to below 1, got {self.smoothing}")
 
     @property
     def share(self) -> float:

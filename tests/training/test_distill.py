@@ -113,9 +113,9 @@ def test_a_resume_with_other_settings_says_that_it_starts_over(tmp_path: pathlib
     teacher = load(mlp())
     student, given = pruned(teacher, 0.5), arrays(32)
     said: list[str] = []
-    for lr, resume in ((0.01, False), (0.02, True)):
+    for warmup, resume in ((0.01, False), (0.02, True)):
         conditions = Conditions(work=tmp_path, resume=resume, say=said.append)
-        settings = Settings(epochs=2, batch=16, lr=lr)
+        settings = Settings(epochs=2, batch=16, warmup=warmup)
         distill(teacher, student, opened(student, given), settings=settings, conditions=conditions)
     assert said == ["what was kept is of other settings, data or versions: starting over"]
 

@@ -63,7 +63,7 @@ class _Killed(Exception):
     """What stands in for a kill."""
 
 
-def interrupted(work: pathlib.Path, evaluation: Evaluation, **others: Any) -> None:
+def interrupted(work: pathlib.Path, evaluation: Evaluation | None, **others: Any) -> None:
     with pytest.raises(_Killed):
         trained(conditions=Conditions(work=work, **others), evaluation=evaluation)
 
@@ -136,6 +136,25 @@ def test_seconds_before_an_interrupt_count(tmp_path: pathlib.Path, monkeypatch: 
     done = trained(conditions=Conditions(work=tmp_path, resume=True), evaluation=scored(0.1, 0.2, 0.3, 0.4))
     assert 1000 < done.epochs[0].seconds < 1500
     assert done.epochs[1].seconds < 500
+
+
+def test_it_goes_on_with_another_rate_and_says_so(tmp_path: pathlib.Path) -> None:
+    def killed(epoch: Epoch) -> None:
+        if epoch.number == 2:
+            raise _Killed
+
+    interrupted(tmp_path, None, on_epoch=killed)
+    said: list[str] = []
+    conditions = Conditions(work=tmp_path, resume=True, say=said.append)
+    slower = dataclasses.replace(SETTINGS, lr=SETTINGS.peak / 100, clip=0.5)
+    done = trained(slower, conditions=conditions)
+    assert said == [f"going on with lr {SETTINGS.peak / 100:g} in place of {SETTINGS.peak:g}, clip 0.5 in place of 1"]
+    assert [epoch.number for epoch in done.epochs] == [1, 2, 3, 4]
+    whole = trained()
+    assert done.epochs[1].loss == whole.epochs[1].loss
+    assert done.epochs[3].loss != whole.epochs[3].loss
+    trained(dataclasses.replace(SETTINGS, ema=0.5), conditions=conditions)
+    assert said[1:] == ["what was kept is of other settings, data or versions: starting over"]
 
 
 # Which epoch is kept ----------------------------------------------------------------------------------------------
