@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from onnxcompress.encodings import Dense
 from onnxcompress.model import bridge
-from onnxcompress.model.roles import WEIGHT_ROLES, Use
+from onnxcompress.model.roles import RECURRENT, WEIGHT_ROLES, Use
 from onnxcompress.model.weights import Weight, weights
 from onnxcompress.training.hoist import hoist
 from onnxcompress.training.learned import Learned, is_vector
@@ -29,6 +29,7 @@ _NEUTRAL: dict[str, dict[int, float]] = {  # operator -> input -> value
     "com.microsoft::SkipLayerNormalization": {2: 1.0, 3: 0.0, 4: 0.0},
 }
 _NORMALIZED = {"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization", "SkipLayerNormalization"}
+_RECURRENCE = 2  # the input of recurrent operators that holds the weights of the state before
 _PASSED_ON = {"Identity", "Cast", "Dropout", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze"}
 
 
@@ -37,7 +38,8 @@ def randomize(model: ir.Model, seed: int) -> int:
 
     Layers: normal with variance 2 / fan-in (He et al., 2015), where the 2 makes up for rectified inputs; behind a
     LayerNormalization or an attention, which rectify nothing, 2 / (fan-in + fan-out) (Glorot, Bengio, 2010).
-    Recurrent weights: uniform within 1 / sqrt(fan-in). Embeddings, positions, tokens: normal, 0.02. Biases: 0.
+    Recurrent layers: what goes round orthogonal, gate by gate (Saxe et al., 2014), the rest uniform within
+    1 / sqrt(hidden). Embeddings, positions, tokens: normal, 0.02. Biases: 0.
     Normalizations: scale 1, shift 0, running mean 0, running variance 1. PRelu: slope 0.25. Of what other constants
     change before it is used, vectors (temperatures) keep their values and tables their root mean square. Each weight's
     draw depends on the seed and its name alone.
@@ -85,8 +87,7 @@ def _drawn(weight: Weight, learned: Learned, generator: np.random.Generator) -> 
     if not layers:
         return _beside_layers(weight, uses, generator)
     if weight.role == "recurrent":
-        bound = 1 / math.sqrt(shape[-1])
-        return generator.uniform(-bound, bound, shape)
+        return _recurrent(shape, next(use for use in layers if use.role == "recurrent"), generator)
     return generator.normal(0, _deviation(weight, all(_is_even(use) for use in layers)), shape)
 
 
@@ -116,6 +117,17 @@ def _deviation(weight: Weight, even: bool) -> float:
     outputs = shape[axis] if axis is not None else shape[-1]
     fan_in = max(1, weight.size // max(1, outputs))
     return math.sqrt(2 / (fan_in + outputs)) if even else math.sqrt(2 / fan_in)
+
+
+def _recurrent(shape: tuple[int, ...], use: Use, generator: np.random.Generator) -> np.ndarray:
+    """`shape`: [.., gates x hidden, inputs or hidden], also where directions are joined later."""
+    hidden = use.node.attributes.get_int("hidden_size") or shape[-1]
+    if use.index == _RECURRENCE and use.op_type in RECURRENT and shape[-1] == hidden and shape[-2] % hidden == 0:
+        gates, triangular = np.linalg.qr(generator.normal(size=(math.prod(shape) // hidden**2, hidden, hidden)))
+        signs = np.sign(np.diagonal(triangular, axis1=-2, axis2=-1))[:, None, :]  # else not all are equally likely
+        return np.asarray((gates * signs).reshape(shape))
+    bound = 1 / math.sqrt(hidden)
+    return generator.uniform(-bound, bound, shape)
 
 
 def _is_even(use: Use) -> bool:

@@ -72,13 +72,16 @@ def test_each_role_is_drawn_as_its_source_says() -> None:
         "down": (2 / WIDE) ** 0.5,  # He: its input is rectified
         "kernel": (2 / (C * 3)) ** 0.5,
         "W": (1 / (3 * C)) ** 0.5,  # uniform within 1 / sqrt(C)
-        "R": (1 / (3 * C)) ** 0.5,
+        "R": (1 / C) ** 0.5,  # orthogonal
     }
     for key, deviation in normal.items():
         spread = 4 / np.sqrt(2 * found[key].size)  # four standard errors
         assert found[key].std() == pytest.approx(deviation, rel=spread), key
         assert abs(found[key].mean()) < 4 * deviation / np.sqrt(found[key].size), key
-    assert 0.99 / np.sqrt(C) < np.abs(found["R"]).max() <= 1 / np.sqrt(C)
+    assert 0.99 / np.sqrt(C) < np.abs(found["W"]).max() <= 1 / np.sqrt(C)
+    gates = found["R"].reshape(-1, C, C).astype(np.float64)
+    np.testing.assert_allclose(gates @ gates.swapaxes(1, 2), np.broadcast_to(np.eye(C), gates.shape), atol=1e-5)
+    assert abs(gates.mean()) < 4 / C / np.sqrt(len(gates))
     constant = {"gamma": 1, "beta": 0, "bias": 0, "scale": 1, "shift": 0, "slope": SLOPE, "B": 0}
     for key, value in constant.items():
         assert (found[key] == value).all(), key
