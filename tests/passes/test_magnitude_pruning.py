@@ -301,14 +301,14 @@ def test_constant_nodes_and_tied_weights(tmp_path: pathlib.Path) -> None:
 
 # Real models ------------------------------------------------------------------------------------------------------
 
-# name, sparsity, scope: file / original with sparse storage at most, accuracy of the file at least; measured:
+# name, sparsity, scope: file / original with sparse storage at most, points of accuracy it may lose; measured:
 STATED = {
-    ("digits_cnn", 0.3, "global"): (0.76, 0.9917),  # 0.749, 1.0000 -> 1.0000
-    ("digits_cnn", 0.5, "global"): (0.565, 0.9857),  # 0.557, 1.0000 -> 0.9957
-    ("digits_cnn", 0.3, "layer"): (0.76, 0.9557),  # 0.751, 1.0000 -> 0.9943
-    ("digits_gru", 0.3, "global"): (0.76, 0.9854),  # 0.751, 0.9914 -> 0.9914
-    ("gloss_transformer", 0.3, "global"): (0.75, 0.8158),  # 0.740, 0.8247 -> 0.8220
-    ("gloss_transformer", 0.5, "global"): (0.55, 0.8008),  # 0.542, 0.8247 -> 0.8030
+    ("digits_cnn", 0.3, "global"): (0.76, 0.004),  # 0.749, 1.0000 -> 0.9986
+    ("digits_cnn", 0.5, "global"): (0.565, 0.01),  # 0.557, 1.0000 -> 0.9943
+    ("digits_cnn", 0.3, "layer"): (0.76, 0.04),  # 0.751, 1.0000 -> 0.9971
+    ("digits_gru", 0.3, "global"): (0.76, 0.006),  # 0.751, 0.9814 -> 0.9814
+    ("gloss_transformer", 0.3, "global"): (0.75, 0.005),  # 0.740, 0.8200 -> 0.8175
+    ("gloss_transformer", 0.5, "global"): (0.55, 0.02),  # 0.542, 0.8200 -> 0.8055
 }
 
 
@@ -319,11 +319,11 @@ STATED = {
 def test_sizes_and_accuracies_of_the_bundled_models(
     name: str, sparsity: float, scope: Any, tmp_path: pathlib.Path
 ) -> None:
-    ratio, least = STATED[name, sparsity, scope]
+    ratio, drop = STATED[name, sparsity, scope]
     the_pass = MagnitudePruning(sparsity=sparsity, scope=scope, storage="sparse")
     done = oc.compress(bundled(name), the_pass, out=tmp_path / "o.onnx")
     assert done.ratio <= ratio
-    assert accuracy(name, tmp_path / "o.onnx") >= least
+    assert accuracy(name, tmp_path / "o.onnx") >= accuracy(name, bundled(name)) - drop
     stored = {weight.key: weight for weight in oc.weights(oc.load(tmp_path / "o.onnx"))}
     arrays = [stored[t.key].array() for t in done.steps[0].coverage.touched]
     arrays += [stored[x.key].array() for x in done.steps[0].coverage.left if x.reason is Reason.BUDGET]

@@ -416,14 +416,14 @@ def test_already_shared_or_quantized_weights_are_left(tmp_path: pathlib.Path) ->
 
 # Real models ------------------------------------------------------------------------------------------------------
 
-# name, bits: file / original at most, accuracy of the file at least; measured: see the comments.
+# name, bits: file / original at most, points of accuracy it may lose; measured: see the comments.
 STATED = {
-    ("digits_cnn", 4): (0.21, 0.9907),  # 0.204, 1.0000 -> 0.9929
-    ("digits_gru", 4): (0.265, 0.9864),  # 0.259, 0.9914 -> 0.9900
-    ("gloss_transformer", 4): (0.155, 0.8158),  # 0.144, 0.8247 -> 0.8225
-    ("digits_gru", 2): (0.135, 0.9514),  # 0.128, 0.9914 -> 0.9629
-    ("gloss_transformer", 2): (0.09, 0.79),  # 0.079, 0.8247 -> 0.7945
-    ("digits_gru", 8): (0.31, 0.9894),  # 0.301, 0.9914 -> 0.9914
+    ("digits_cnn", 4): (0.21, 0.0075),  # 0.204, 1.0000 -> 0.9943
+    ("digits_gru", 4): (0.265, 0.005),  # 0.259, 0.9814 -> 0.9829
+    ("gloss_transformer", 4): (0.155, 0.005),  # 0.145, 0.8200 -> 0.8193
+    ("digits_gru", 2): (0.135, 0.04),  # 0.126, 0.9814 -> 0.9629
+    ("gloss_transformer", 2): (0.09, 0.025),  # 0.079, 0.8200 -> 0.8025
+    ("digits_gru", 8): (0.31, 0.002),  # 0.301, 0.9814 -> 0.9814
 }
 
 
@@ -432,11 +432,11 @@ STATED = {
     [pytest.param(*k, marks=pytest.mark.slow) if k == ("gloss_transformer", 2) else k for k in STATED],
 )
 def test_sizes_and_accuracies_of_the_bundled_models(name: str, bits: Any, tmp_path: pathlib.Path) -> None:
-    ratio, least = STATED[name, bits]
+    ratio, drop = STATED[name, bits]
     done = oc.compress(bundled(name), WeightSharing(bits=bits), out=tmp_path / "o.onnx")
     assert done.ratio <= ratio
     assert (tmp_path / "o.onnx").stat().st_size <= ratio * bundled(name).stat().st_size + 2048
-    assert accuracy(name, tmp_path / "o.onnx") >= least
+    assert accuracy(name, tmp_path / "o.onnx") >= accuracy(name, bundled(name)) - drop
 
 
 @pytest.mark.parametrize("name", BUNDLED_QUICK)
