@@ -77,9 +77,12 @@ def _to_integer(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
                 f"({array[wrong][0]}); feed integers, or say cast: in --preprocess"
             )
     least, most = _bounds(dtype)
-    wide = array.astype(np.float64) if is_float(array.dtype) else array
-    low, high = wide.min(), wide.max()
-    if float(low) < least or float(high) > most or int(low) < least or int(high) > most:
+    if is_float(array.dtype):
+        wide = array.astype(np.float64)
+        low, high = float(wide.min()), float(wide.max())
+    else:  # in Python's own integers: the largest of 64 bits are none that a float holds
+        low, high = int(array.min()), int(array.max())
+    if low < least or high > most:
         raise DataError(
             f"input {name!r}: values {low} to {high} ({array.dtype}) do not fit {dtype} ({least} to {most})"
         )

@@ -62,3 +62,12 @@ def test_text_and_bytes_become_strings() -> None:
 def test_bfloat16_survives_numpys_void_storage() -> None:
     values = np.array([1.5, -2.0], ml_dtypes.bfloat16)
     assert safe_cast(values.view("V2"), values.dtype, "x").astype(np.float32).tolist() == [1.5, -2.0]
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("value", [2**63 - 1, 2**63 - 512, -(2**63)])
+def test_integers_that_no_float_holds_are_kept(value: int, order: str) -> None:
+    cast = safe_cast(np.array([value], f"{order}i8"), np.dtype(np.int64), "x")
+    assert cast.tolist() == [value]
+    with pytest.raises(DataError, match="do not fit int32"):
+        safe_cast(np.array([value], f"{order}i8"), np.dtype(np.int32), "x")
