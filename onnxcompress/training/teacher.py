@@ -126,7 +126,8 @@ def cache(
 ) -> dict[str, np.ndarray] | None:
     """The teacher's logits for every sample, in memory or mapped from `work`; None where they would not fit.
 
-    `size`: samples a call. They belong to untrimmed feeds: positions lie where the samples have them.
+    `size`: samples a call, of like length, so that little padding is computed. Positions lie where the samples have
+    them; those that a call left out are 0.
     """
     first = teacher.logits(samples.rows(np.arange(min(size, samples.count))))
     total = sum(array.nbytes // len(array) * samples.count for array in first.values())
@@ -134,30 +135,36 @@ def cache(
         return None
     stored = {name: _empty((samples.count, *array.shape[1:]), total, work) for name, array in first.items()}
     progress.start("teacher", samples.count)
-    starts = range(0, samples.count - size + 1 if samples.count >= size else 1, size)
+    lengths = samples.lengths
+    order = np.arange(samples.count) if lengths is None else np.argsort(lengths, kind="stable")
+    # A fixed batch wants whole calls: the last one overlaps the one before.
+    starts = [max(0, min(at, samples.count - size)) for at in range(0, samples.count, size)]
 
     def keep(at: int) -> int:
-        chosen = np.arange(at, min(at + size, samples.count))
-        _keep(stored, chosen, teacher.logits(samples.rows(chosen)))
+        chosen = order[at : at + size]
+        _keep(stored, chosen, teacher.logits(samples.call(chosen)[0]))
         return len(chosen)
 
+    done = 0
     with concurrent.futures.ThreadPoolExecutor(teacher.threads) as pool:
         for count in pool.map(keep, starts):
-            progress.step(count)
-    rest = samples.count % size
-    if rest and samples.count > size:  # a fixed batch wants whole calls: the last one overlaps
-        chosen = np.arange(samples.count - size, samples.count)
-        _keep(stored, chosen, teacher.logits(samples.rows(chosen)))
-        progress.step(rest)
+            progress.step(min(count, samples.count - done))
+            done += count
     progress.done()
     return stored
 
 
 def _keep(stored: Mapping[str, np.ndarray], chosen: np.ndarray, found: Mapping[str, np.ndarray]) -> None:
     for name, array in found.items():
-        if array.shape[1:] != stored[name].shape[1:] or len(array) != len(chosen):
+        whole, got = stored[name].shape[1:], array.shape[1:]
+        fewer = len(got) > 0 and len(got) == len(whole) and got[0] < whole[0] and got[1:] == whole[1:]
+        if len(array) != len(chosen) or not (got == whole or fewer):
             raise ModelError(f"the teacher's output {name!r} is {list(array.shape)} for {len(chosen)} samples")
-        stored[name][chosen] = array
+        if fewer:
+            stored[name][chosen, got[0] :] = 0
+            stored[name][chosen, : got[0]] = array
+        else:
+            stored[name][chosen] = array
 
 
 def _empty(shape: tuple[int, ...], total: int, work: pathlib.Path | None) -> np.ndarray:
