@@ -12,6 +12,7 @@ _LINES = 64  # looked at, of each axis
 _LARGEST_GRID = 1 << 16  # positions of a flattened grid whose width is searched for
 _HOLDS = 0.9  # share of lines, and of the points of a line, that must follow: a slope may have a kink
 _TOLERANCE = {2: 4e-3}  # bytes an element -> rounding, relative to the largest value
+_LEAST_NONZERO = 0.5
 _SINGLE = 1e-3  # the arguments of a sine were rounded, too
 
 
@@ -19,8 +20,11 @@ def is_table_of_positions(array: np.ndarray) -> bool:
     """True when the lines of `array` along one of its axes are sinusoids or straight; constant lines do not count.
 
     Sampled at equal distances, both obey x[t + 1] + x[t - 1] = k x[t] with one k a line (2 cos w; 2). Noise, which all
-    learned tables hold, does not. An axis may be a flattened grid, whose rows then are the lines.
+    learned tables hold, does not. An axis may be a flattened grid, whose rows then are the lines. A table that is zero
+    for the most part was pruned: zeros follow any rule, and of what is computed only a few are.
     """
+    if array.size and np.count_nonzero(array) < _LEAST_NONZERO * array.size:
+        return False
     tolerance = _TOLERANCE.get(array.dtype.itemsize, _SINGLE)
     return any(_follow(lines, tolerance) for lines in _lines(array))
 

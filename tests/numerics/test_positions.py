@@ -61,3 +61,13 @@ def test_a_table_without_any_course_is_not_computed() -> None:
     assert not is_table_of_positions(np.zeros((40, 32), np.float32))
     assert not is_table_of_positions(np.full((40, 32), 0.3, np.float32))
     assert not is_table_of_positions(np.arange(6, dtype=np.float32).reshape(2, 3))  # too short to tell
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.7, 0.9, 0.95, 0.99, 0.999])
+@pytest.mark.parametrize("shape", [(2000, 64), (1, 128, 32), (64, 8)])
+def test_a_learned_table_that_was_pruned_is_learned(shape: tuple[int, ...], sparsity: float) -> None:
+    generator = np.random.default_rng(0)
+    table = generator.normal(size=shape) * (generator.random(shape) >= sparsity)
+    assert not is_table_of_positions(table.astype(np.float32))
+    uneven = generator.normal(size=shape) * (generator.random(shape) >= generator.random((shape[-1],)) ** 0.1)
+    assert not is_table_of_positions(uneven.astype(np.float16))
